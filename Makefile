@@ -1,0 +1,34 @@
+# Everything a newcomer needs: `make demo`, `make test`. PYTHON must be 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint lock clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "knet needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: setup
+	cluster/demo.sh
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --generate-hashes \
+		--no-header --no-emit-index-url --quiet --output-file requirements.lock
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,337 @@
+"""The one schema of a training run: frozen, keyword-only, checked when it is built.
+
+A `Recipe` holds everything that can change a result, except the data's content and the code.
+Sizes are in pixels, learning rates per optimizer step, batch sizes in images over all workers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from knet_core.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DataFormat = Literal["coco", "shapes"]
+
+
+def _check(*rules: tuple[bool, str]) -> None:
+    problems = [problem for ok, problem in rules if not ok]
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneConfig:
+    """Feature extractor: any timm model with `features_only` and strides 4, 8, 16, 32."""
+
+    name: str = "resnet50"
+    pretrained: bool = True
+    """Start from timm's ImageNet weights (downloaded once by timm)."""
+    checkpoint: str | None = None
+    """A local weights file for the backbone, instead of timm's download."""
+    frozen_stages: int = 1
+    """Leading stages that do not train: 0 none, 1 the stem and the first stage (published)."""
+    norm_eval: bool = True
+    """Keep batch normalisation on its stored statistics while training (published)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (
+                0 <= self.frozen_stages <= 4,
+                f"model.backbone.frozen_stages: must be 0 to 4, got {self.frozen_stages}",
+            ),
+            (
+                not (self.pretrained and self.checkpoint),
+                "model.backbone.checkpoint: set model.backbone.pretrained=false to use a file",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """K-Net for instance segmentation and the switches of its ablations (paper, Table 4)."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    channels: int = 256
+    """Width C of features and kernels."""
+    num_kernels: int = 100
+    """Instance kernels N, the most objects found in one image (Table 4d)."""
+    stages: int = 3
+    """Rounds of kernel update S (Table 4c)."""
+    num_heads: int = 8
+    """Attention heads of kernel interaction."""
+    ffn_channels: int = 2048
+    """Hidden width of the feed-forward layer of kernel interaction."""
+    adaptive_update: bool = True
+    """Gate group features into kernels (Eq. 4-5); off: one FC-LN-ReLU of their sum (Table 4a)."""
+    interaction: bool = True
+    """Self-attention and feed-forward among kernels (Table 4a)."""
+    positional_encoding: bool = True
+    """Add sine positions to the coarsest pyramid level (Table 4b)."""
+    coordinates: bool = False
+    """Append x and y channels to the coarsest pyramid level (Table 4b)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (
+                self.channels > 0 and self.channels % 32 == 0,
+                f"model.channels: must be a multiple of 32 (group normalisation has 32 groups), "
+                f"got {self.channels}",
+            ),
+            (self.num_kernels >= 1, f"model.num_kernels: must be >= 1, got {self.num_kernels}"),
+            (
+                self.stages >= 1,
+                f"model.stages: must be >= 1 (the static kernels predict no classes), "
+                f"got {self.stages}",
+            ),
+            (
+                self.num_heads >= 1 and self.channels % max(self.num_heads, 1) == 0,
+                f"model.num_heads: must divide model.channels = {self.channels}, "
+                f"got {self.num_heads}",
+            ),
+            (self.ffn_channels >= 1, f"model.ffn_channels: must be >= 1, got {self.ffn_channels}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the loss terms; matching uses the same weights for its costs."""
+
+    mask: float = 1.0
+    """Binary cross-entropy of matched masks."""
+    dice: float = 4.0
+    cls: float = 2.0
+    """Focal loss of class scores, after every update."""
+    seg: float = 1.0
+    """Focal loss of the auxiliary semantic map."""
+
+    def __post_init__(self) -> None:
+        _check(
+            *(
+                (getattr(self, name) >= 0, f"loss.{name}: must be >= 0, got {getattr(self, name)}")
+                for name in ("mask", "dice", "cls", "seg")
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitConfig:
+    """Where one split lies below `data.root`; of several candidates the first that exists."""
+
+    images: tuple[str, ...]
+    annotations: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapesConfig:
+    """The synthetic set, rendered on the fly."""
+
+    num_train: int = 256
+    num_val: int = 64
+    size: int = 128
+    """Height and width of an image."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.num_train >= 1, f"data.shapes.num_train: must be >= 1, got {self.num_train}"),
+            (self.num_val >= 1, f"data.shapes.num_val: must be >= 1, got {self.num_val}"),
+            (self.size >= 32, f"data.shapes.size: must be >= 32, got {self.size}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """A data set and how its images enter the network."""
+
+    format: DataFormat = "coco"
+    root: str = "coco"
+    """Folder of the data set; a relative path lies below `KNET_DATA`, else the working folder."""
+    train: SplitConfig = SplitConfig(
+        images=("train2017", "train", "images/train"),
+        annotations=(
+            "annotations/instances_train2017.json",
+            "annotations/instances_train.json",
+        ),
+    )
+    val: SplitConfig = SplitConfig(
+        images=("val2017", "val", "images/val"),
+        annotations=("annotations/instances_val2017.json", "annotations/instances_val.json"),
+    )
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    short_edge: tuple[int, int] = (800, 800)
+    """Training draws the shorter side uniformly from this range, both ends included; evaluation
+    uses the upper end."""
+    long_edge: int = 1333
+    """The longer side never exceeds this."""
+    flip: float = 0.5
+    """Probability of a horizontal flip in training."""
+    num_workers: int = 2
+    """Loader processes per training worker; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        low, high = self.short_edge
+        _check(
+            (
+                32 <= low <= high <= self.long_edge,
+                f"data.short_edge: must satisfy 32 <= low <= high <= data.long_edge = "
+                f"{self.long_edge}, got [{low}, {high}]",
+            ),
+            (0.0 <= self.flip <= 1.0, f"data.flip: must be 0 to 1, got {self.flip}"),
+            (self.num_workers >= 0, f"data.num_workers: must be >= 0, got {self.num_workers}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warm-up and step decay."""
+
+    lr: float = 1e-4
+    """Peak learning rate, for the stated global batch size; never rescaled behind your back."""
+    backbone_lr_factor: float = 0.25
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_iterations: int = 1000
+    warmup_factor: float = 0.001
+    """Learning rate of the first iteration, as a fraction of `lr`."""
+    decay_at: tuple[float, ...] = (8 / 12, 11 / 12)
+    """Fractions of the run after which the learning rate is multiplied by `decay_factor`."""
+    decay_factor: float = 0.1
+    clip_norm: float = 1.0
+    """Largest L2 norm of all gradients together."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.lr > 0, f"optim.lr: must be > 0, got {self.lr}"),
+            (self.weight_decay >= 0, f"optim.weight_decay: must be >= 0, got {self.weight_decay}"),
+            (
+                self.warmup_iterations >= 0,
+                f"optim.warmup_iterations: must be >= 0, got {self.warmup_iterations}",
+            ),
+            (
+                all(0 < at < 1 for at in self.decay_at)
+                and list(self.decay_at) == sorted(self.decay_at),
+                f"optim.decay_at: must be increasing fractions in (0, 1), got {self.decay_at}",
+            ),
+            (self.clip_norm > 0, f"optim.clip_norm: must be > 0, got {self.clip_norm}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run."""
+
+    epochs: float = 12.0
+    """Passes over the training images; ignored where `iterations` is set."""
+    iterations: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Images per optimizer step over all workers together."""
+    micro_batch: int | None = None
+    """Images per worker in one forward pass; gradients accumulate until `batch_size` is reached.
+    Unset: the worker's whole share at once."""
+    precision: Precision = "fp32"
+    """Autocast type on a GPU; a CPU trains in fp32."""
+    channels_last: bool = False
+    """Memory layout of images and convolutions."""
+    log_every: int = 50
+    """Iterations between points of the training curves."""
+    eval_every: int | None = None
+    """Iterations between evaluations; unset: once an epoch. The last iteration evaluates too."""
+    checkpoint_every: int | None = None
+    """Iterations between checkpoints; unset: at every evaluation."""
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "log_every", "epochs")
+        optional = ("iterations", "micro_batch", "eval_every", "checkpoint_every")
+        values = {name: getattr(self, name) for name in (*positive, *optional)}
+        _check(
+            *(
+                (value is None or value > 0, f"train.{name}: must be > 0, got {value}")
+                for name, value in values.items()
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation on the `val` split."""
+
+    batch_size: int = 1
+    """Images per worker in one forward pass."""
+    max_detections: int = 100
+    """Most instances kept per image."""
+    probe_images: int = 4
+    """Validation images drawn with their predicted masks at every evaluation; 0 draws none."""
+    fps_iterations: int = 50
+    """Timed forward passes at the end of a run, one image each (`bench/fps`); 0 measures none."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.batch_size >= 1, f"eval.batch_size: must be >= 1, got {self.batch_size}"),
+            (
+                self.max_detections >= 1,
+                f"eval.max_detections: must be >= 1, got {self.max_detections}",
+            ),
+            (self.probe_images >= 0, f"eval.probe_images: must be >= 0, got {self.probe_images}"),
+            (
+                self.fps_iterations >= 0,
+                f"eval.fps_iterations: must be >= 0, got {self.fps_iterations}",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One training run, completely described."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check((self.seed >= 0, f"seed: must be >= 0, got {self.seed}"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values, as written to `recipe.yaml`; tuples become lists."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Build a recipe from the complete values that `to_dict` wrote.
+
+        Raises:
+            ConfigError: A key is unknown or a value is out of range.
+        """
+        recipe = _build(cls, values, "")
+        assert isinstance(recipe, Recipe)
+        return recipe
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _build(schema: type, values: Mapping[str, Any], prefix: str) -> object:
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError([f"{prefix}{key}: unknown key" for key in unknown])
+    arguments = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return schema(**arguments)

@@ -1,0 +1,50 @@
+"""Every error a user can cause, and nothing else. Programmer errors stay `assert`s.
+
+A message is one line: where (file or dotted key), what was found, what was expected, what to do.
+"""
+
+from collections.abc import Sequence
+
+
+class KNetError(Exception):
+    """Base of all user-facing errors; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(KNetError):
+    """One or more configuration values are impossible.
+
+    Args:
+        problems: One line each, beginning with the dotted key or the file they are about.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[str, ...]]]:
+        """Survive the pickling that brings worker errors back to the driver."""
+        return type(self), (self.problems,)
+
+
+class DataError(KNetError):
+    """A data set, an image or an annotation cannot be used as it is."""
+
+    exit_code = 5
+
+
+class CheckpointError(KNetError):
+    """A checkpoint is missing, cut short, or belongs to another model."""
+
+    exit_code = 2
+
+
+class NonFiniteError(KNetError):
+    """A loss or a matching cost became NaN or infinite; training stops rather than hide it."""
+
+
+class DiskFullError(KNetError):
+    """The disk or the store took no more; nothing half-written was left behind."""

@@ -1,0 +1,117 @@
+"""One round of kernel update (Sec. 3.2): group, adapt, interact, predict.
+
+Shapes:  B images · N kernels · D channels · h, w the stride-8 map
+"""
+
+import torch
+from torch import Tensor, nn
+
+from knet_core.config import ModelConfig
+from knet_core.models.kernel_head import PRIOR_BIAS, assemble_group_features, hard_groups
+from knet_core.models.layers import ProjectionBranch
+from knet_core.structures import StageOutput
+
+
+class AdaptiveKernelUpdate(nn.Module):
+    """Gated mix of a kernel and the features it grouped (Eq. 4-5)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.group_projection = nn.Linear(channels, 2 * channels)
+        self.kernel_projection = nn.Linear(channels, 2 * channels)
+        self.group_gate = nn.Sequential(
+            nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Sigmoid()
+        )
+        self.kernel_gate = nn.Sequential(
+            nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Sigmoid()
+        )
+        self.group_norm = nn.LayerNorm(channels)
+        self.kernel_norm = nn.LayerNorm(channels)
+        self.out = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU())
+
+    def forward(self, group_features: Tensor, kernels: Tensor) -> Tensor:
+        """Return updated kernels (B, N, D) from group features and kernels of that shape."""
+        group_query, group_value = self.group_projection(group_features).chunk(2, dim=-1)
+        kernel_query, kernel_value = self.kernel_projection(kernels).chunk(2, dim=-1)
+        agreement = group_query * kernel_query
+        mixed = self.group_gate(agreement) * self.group_norm(group_value)
+        mixed = mixed + self.kernel_gate(agreement) * self.kernel_norm(kernel_value)
+        updated: Tensor = self.out(mixed)
+        return updated
+
+
+class SummedKernelUpdate(nn.Module):
+    """The ablation without adaptive update: FC-LN-ReLU of the plain sum (Table 4a)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU())
+
+    def forward(self, group_features: Tensor, kernels: Tensor) -> Tensor:
+        """Return updated kernels (B, N, D)."""
+        updated: Tensor = self.out(group_features + kernels)
+        return updated
+
+
+class KernelInteraction(nn.Module):
+    """Self-attention among the kernels of an image, then a feed-forward layer; both post-norm."""
+
+    def __init__(self, channels: int, num_heads: int, ffn_channels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
+        self.attention_norm = nn.LayerNorm(channels)
+        self.ffn = nn.Sequential(
+            nn.Linear(channels, ffn_channels), nn.ReLU(), nn.Linear(ffn_channels, channels)
+        )
+        self.ffn_norm = nn.LayerNorm(channels)
+
+    def forward(self, kernels: Tensor) -> Tensor:
+        """Return kernels (B, N, D) that know of each other."""
+        attended, _ = self.attention(kernels, kernels, kernels, need_weights=False)
+        kernels = self.attention_norm(kernels + attended)
+        interacted: Tensor = self.ffn_norm(kernels + self.ffn(kernels))
+        return interacted
+
+
+class KernelUpdateHead(nn.Module):
+    """One stage: new kernels, classes and masks from the previous stage's kernels and masks."""
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        channels = config.channels
+        self.feature_transform = nn.Conv2d(channels, channels, 1)
+        self.update = (
+            AdaptiveKernelUpdate(channels)
+            if config.adaptive_update
+            else SummedKernelUpdate(channels)
+        )
+        self.interaction = (
+            KernelInteraction(channels, config.num_heads, config.ffn_channels)
+            if config.interaction
+            else nn.Identity()
+        )
+        self.class_branch = ProjectionBranch(channels, num_classes)
+        self.mask_branch = ProjectionBranch(channels, channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for every matrix, zero for the attention's and the transform's biases."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.zeros_(self.feature_transform.bias)  # type: ignore[arg-type]
+        nn.init.constant_(self.class_branch.out.bias, PRIOR_BIAS)
+
+    def forward(self, features: Tensor, previous: StageOutput) -> StageOutput:
+        """Update every kernel once.
+
+        Args:
+            features: (B, D, h, w), the same map for every stage.
+            previous: The stage before; its masks have the size of `features`.
+        """
+        mapped = self.feature_transform(features)
+        group_features = assemble_group_features(hard_groups(previous.masks), mapped)
+        kernels = self.interaction(self.update(group_features, previous.kernels))
+        dynamic = self.mask_branch(kernels)
+        masks = torch.bmm(dynamic, mapped.flatten(2)).view(*dynamic.shape[:2], *mapped.shape[-2:])
+        return StageOutput(masks=masks, class_logits=self.class_branch(kernels), kernels=kernels)

@@ -1,0 +1,60 @@
+"""What a training run tells whoever started it: points of curves, reports, the final result.
+
+Free of torch, so that the platform can read and draw progress without loading it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Metrics at one optimizer step."""
+
+    step: int
+    """Optimizer steps done, counted from 1."""
+    time: float
+    """Unix seconds."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What happened since the last report."""
+
+    step: int
+    epoch: float
+    """Passes over the training images so far."""
+    num_iterations: int
+    """Optimizer steps of the whole run; the report with this step is the last."""
+    points: tuple[Point, ...]
+    """Training curves; the same on every worker but for their time."""
+    evaluation: dict[str, float] | None
+    """`val/...` of this step, in the last report with `bench/fps` and `train/loss`."""
+    picture: bytes | None
+    """PNG of probe images, ground truth beside prediction; first worker, with an evaluation."""
+    checkpoint: Path | None
+    """Complete local directory `checkpoint_<step>`; first worker only."""
+
+
+class Callback(Protocol):
+    """The seam between training and whoever runs it."""
+
+    def on_report(self, report: Report) -> None:
+        """Take a report; called on every worker, at the same steps, in the same order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """A finished run."""
+
+    step: int
+    metrics: dict[str, float]
+    """Of the last evaluation, with `bench/fps` and the last `train/loss`."""
+    evaluations: tuple[Point, ...]
+    checkpoint: Path
+    num_parameters: int
+    """Parameters that train."""
+    seconds: float
+    """Wall-clock seconds of training and evaluation, over all attempts."""
