@@ -15,7 +15,7 @@ export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
 
 if [ ! -d "$KNET_DATA/shapes" ]; then
-  knet data make-shapes "$KNET_DATA/shapes" --train 512 --val 64 --size 128 --seed 0
+  knet data make-shapes "$KNET_DATA/shapes" --train 512 --val 64 --size 96 --seed 0
 fi
 
 read -r dashboard agent client < <(python - <<'PY'

@@ -29,37 +29,44 @@ from knet_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from knet_core.checkpoint import CheckpointState, load_model, read_state
+    from knet_core.checkpoint import load_model
+    from knet_core.checkpoint_state import CheckpointState, load_recipe, parse_state, read_state
     from knet_core.data import build_dataset, data_fingerprint, make_shapes
-    from knet_core.engine import Callback, FitResult, Point, Report, evaluate, fit
+    from knet_core.engine import fit
+    from knet_core.evaluation import evaluate
     from knet_core.metrics.mask_ap import MaskAP
     from knet_core.models.knet import KNet, build_model
+    from knet_core.progress import Callback, FitResult, Point, Report
+    from knet_core.schedule import plan_schedule
     from knet_core.structures import Batch, ImageInfo, Instances, KNetOutput, LossTerms, Targets
     from knet_core.visualize import draw_instances
 
 _LAZY = {
     "Batch": "knet_core.structures",
-    "Callback": "knet_core.engine",
-    "CheckpointState": "knet_core.checkpoint",
-    "FitResult": "knet_core.engine",
+    "Callback": "knet_core.progress",
+    "CheckpointState": "knet_core.checkpoint_state",
+    "FitResult": "knet_core.progress",
     "ImageInfo": "knet_core.structures",
     "Instances": "knet_core.structures",
     "KNet": "knet_core.models.knet",
     "KNetOutput": "knet_core.structures",
     "LossTerms": "knet_core.structures",
     "MaskAP": "knet_core.metrics.mask_ap",
-    "Point": "knet_core.engine",
-    "Report": "knet_core.engine",
+    "Point": "knet_core.progress",
+    "Report": "knet_core.progress",
     "Targets": "knet_core.structures",
     "build_dataset": "knet_core.data",
     "build_model": "knet_core.models.knet",
     "data_fingerprint": "knet_core.data",
     "draw_instances": "knet_core.visualize",
-    "evaluate": "knet_core.engine",
+    "evaluate": "knet_core.evaluation",
     "fit": "knet_core.engine",
     "load_model": "knet_core.checkpoint",
+    "load_recipe": "knet_core.checkpoint_state",
     "make_shapes": "knet_core.data",
-    "read_state": "knet_core.checkpoint",
+    "parse_state": "knet_core.checkpoint_state",
+    "plan_schedule": "knet_core.schedule",
+    "read_state": "knet_core.checkpoint_state",
 }
 
 __all__ = [
@@ -99,7 +106,10 @@ __all__ = [
     "evaluate",
     "fit",
     "load_model",
+    "load_recipe",
     "make_shapes",
+    "parse_state",
+    "plan_schedule",
     "read_state",
 ]
 

@@ -1,15 +1,15 @@
-"""AdamW as the authors use it: the backbone learns slower, everything decays (also norms)."""
+"""AdamW as the authors use it: a slower backbone, weight decay on everything (also norms)."""
 
 import torch
 from torch import nn
 
 from knet_core.config import OptimConfig
-from knet_core.schedule import lr_factor
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over all parameters that train; `model.backbone` is a group of its own."""
-    backbone, others = [], []
+    backbone: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (backbone if name.startswith("backbone.") else others).append(parameter)
@@ -26,6 +26,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
+
+
+def lr_factor(step: int, config: OptimConfig, num_iterations: int) -> float:
+    """Return the learning rate of a step as a fraction of its peak.
+
+    Linear warm-up times step decay, as in mmcv (KNET_SPEC, section 7).
+
+    Args:
+        step: Optimizer steps already done, 0 for the first.
+        config: The recipe's `optim` section.
+        num_iterations: Optimizer steps of the whole run.
+    """
+    decays = sum(step >= round(at * num_iterations) for at in config.decay_at)
+    factor = config.decay_factor**decays
+    if step < config.warmup_iterations:
+        factor *= 1 - (1 - step / config.warmup_iterations) * (1 - config.warmup_factor)
+    return factor
 
 
 def set_learning_rate(

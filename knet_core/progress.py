@@ -29,9 +29,9 @@ class Report:
     num_iterations: int
     """Optimizer steps of the whole run; the report with this step is the last."""
     points: tuple[Point, ...]
-    """Training curves; the same on every worker but for their time."""
+    """Training curves, averaged over workers; times and `sys/...` are this worker's."""
     evaluation: dict[str, float] | None
-    """`val/...` of this step, in the last report with `bench/fps` and `train/loss`."""
+    """`val/...` of this step, in the last report with `bench/fps`."""
     picture: bytes | None
     """PNG of probe images, ground truth beside prediction; first worker, with an evaluation."""
     checkpoint: Path | None

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from knet_core.config import OptimConfig, TrainConfig
+from knet_core.config import TrainConfig
 from knet_core.errors import ConfigError
 
 
@@ -76,20 +76,3 @@ def plan_schedule(config: TrainConfig, *, num_images: int, world_size: int) -> S
         eval_every=eval_every,
         checkpoint_every=config.checkpoint_every or eval_every,
     )
-
-
-def lr_factor(step: int, config: OptimConfig, num_iterations: int) -> float:
-    """Return the learning rate of a step as a fraction of its peak.
-
-    Linear warm-up times step decay, as in mmcv (KNET_SPEC, section 7).
-
-    Args:
-        step: Optimizer steps already done, 0 for the first.
-        config: The recipe's `optim` section.
-        num_iterations: Optimizer steps of the whole run.
-    """
-    decays = sum(step >= round(at * num_iterations) for at in config.decay_at)
-    factor = config.decay_factor**decays
-    if step < config.warmup_iterations:
-        factor *= 1 - (1 - step / config.warmup_iterations) * (1 - config.warmup_factor)
-    return factor

@@ -1,6 +1,7 @@
 """Pictures for people: masks over images, and sheets of them."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from knet_core.structures import Instances
 Pixels = NDArray[np.uint8]
 
 _SHOWN_SIDE = 320
-"""Smaller images are enlarged by a whole factor to about this size, so that labels can be read."""
+"""Smaller images are enlarged by a whole factor to at least this, so that captions fit."""
 _COLOURS = np.array(
     [
         (230, 60, 60), (60, 130, 240), (255, 190, 40), (50, 180, 90), (170, 90, 220),
@@ -37,6 +38,8 @@ def draw_instances(
 ) -> Pixels:
     """Draw every instance of at least this score: tinted mask, outline, class and score.
 
+    Objects too small for their caption go without it.
+
     Args:
         image: (H0, W0, 3) RGB.
         instances: Masks of the same size as the image; ground truth has scores of 1.
@@ -46,7 +49,7 @@ def draw_instances(
     Returns:
         (k * H0, k * W0, 3) RGB; small images are enlarged k times.
     """
-    factor = max(1, round(_SHOWN_SIDE / max(image.shape[:2])))
+    factor = math.ceil(_SHOWN_SIDE / max(image.shape[:2]))
     kept = np.flatnonzero(instances.scores.detach().cpu().numpy() >= score_threshold)[::-1]
     canvas = image.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float64)
     masks = instances.masks.cpu().numpy()
@@ -61,11 +64,11 @@ def draw_instances(
         score = float(instances.scores[number])
         name = categories[int(instances.labels[number])].name
         caption = name if score == 1.0 else f"{name} {score:.2f}"
-        captions.append((*_middle(mask), caption, tuple(colour.astype(int).tolist())))
+        captions.append((mask, caption, tuple(colour.astype(int).tolist())))
     picture = Image.fromarray(canvas.astype(np.uint8))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for x, y, caption, colour in captions:
-        _write(pen, font, (x, y), caption, colour, picture.size)
+    for mask, caption, colour in captions:
+        _write(pen, font, mask, caption, colour)
     return np.asarray(picture)
 
 
@@ -107,15 +110,17 @@ def _middle(mask: NDArray[np.bool_]) -> tuple[int, int]:
 def _write(
     pen: ImageDraw.ImageDraw,
     font: Any,
-    at: tuple[int, int],
+    mask: NDArray[np.bool_],
     caption: str,
     colour: tuple[int, ...],
-    size: tuple[int, int],
 ) -> None:
-    """Write a caption on a coloured plate around a point, kept inside the picture."""
+    """Write a caption on a coloured plate in the middle of a mask that is large enough for it."""
     width, height = pen.textbbox((0, 0), caption, font=font)[2:]
-    x = min(max(at[0] - width / 2, 2), max(size[0] - width - 3, 2))
-    y = min(max(at[1] - height / 2, 2), max(size[1] - height - 3, 2))
+    if mask.any(axis=0).sum() < 0.8 * width or mask.sum() < 2 * width * height:
+        return
+    at = _middle(mask)
+    x = min(max(at[0] - width / 2, 2), max(mask.shape[1] - width - 3, 2))
+    y = min(max(at[1] - height / 2, 2), max(mask.shape[0] - height - 3, 2))
     pen.rounded_rectangle((x - 2, y - 1, x + width + 2, y + height + 2), 3, fill=colour)
     dark = sum(colour) > 420
     pen.text((x, y), caption, font=font, fill=(0, 0, 0) if dark else (255, 255, 255))

@@ -1,0 +1,155 @@
+"""COCO instances: images in a folder, objects in one JSON file; decoded only when asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from knet_core.data.coco_index import read_index, run_lengths
+from knet_core.data.paths import SplitFiles
+from knet_core.data.source import ImageRecord
+from knet_core.errors import DataError
+
+_SMALLEST_SIDE = 32
+"""Training drops images with a shorter side (as the authors' recipe does)."""
+
+
+class CocoSource:
+    """One split of a COCO data set.
+
+    Args:
+        files: Where the split lies.
+        training: Drop images without any object that is not crowd, and tiny ones.
+
+    Raises:
+        DataError: The annotations cannot be used, or no image is left.
+    """
+
+    def __init__(self, files: SplitFiles, *, training: bool) -> None:
+        self._files = files
+        self._index = index = read_index(files)
+        self.categories = index.categories
+        self._kept = np.arange(len(index.image_ids))
+        if training:
+            objects = np.zeros(len(index.image_ids), dtype=np.int64)
+            owners = np.repeat(self._kept, np.diff(index.first))
+            np.add.at(objects, owners, ~index.crowd[index.order])
+            large = (index.sizes >= _SMALLEST_SIDE).all(axis=1)
+            self._kept = self._kept[(objects > 0) & large]
+        if not len(self._kept):
+            raise DataError(
+                f"{files.annotations}: none of its {len(index.image_ids)} images can be used; "
+                f"expected at least one"
+                + (
+                    f" of {_SMALLEST_SIDE} pixels a side with an object that is not crowd: "
+                    f"check the image_id of the annotations"
+                    if training
+                    else ": list the images"
+                )
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def record(self, index: int) -> ImageRecord:
+        """Return id, file name and stated size of one image."""
+        image = int(self._kept[index])
+        height, width = self._index.sizes[image].tolist()
+        return ImageRecord(
+            id=int(self._index.image_ids[image]),
+            file_name=self._index.file_names[image],
+            height=height,
+            width=width,
+        )
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Decode one image, (H0, W0, 3) RGB.
+
+        Raises:
+            DataError: The file is damaged or its size is not the stated one.
+        """
+        record = self.record(index)
+        path = self._files.images / record.file_name
+        pixels = read_image(path)
+        if pixels.shape[:2] != (record.height, record.width):
+            height, width = pixels.shape[:2]
+            raise DataError(
+                f"{path}: image {record.id} is {width} x {height} pixels, expected "
+                f"{record.width} x {record.height} from {self._files.annotations.name}; "
+                f"correct its width and height there or restore the image (EXIF rotation is "
+                f"not applied)"
+            )
+        return pixels
+
+    def objects(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Decode the labels (G,) and masks (G, H0, W0) of one image; crowds have none."""
+        table = self._index
+        image = int(self._kept[index])
+        height, width = table.sizes[image].tolist()
+        single = [a for a in table.annotations(image).tolist() if not table.crowd[a]]
+        if not single:
+            return np.zeros(0, dtype=np.int64), np.zeros((0, height, width), dtype=np.uint8)
+        masks = [_decode(table.rle(a, height, width)["counts"], height, width) for a in single]
+        return table.labels[single], np.stack(masks)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """Return COCO's form with masks as run lengths.
+
+        Annotations are numbered from 1: pycocotools takes id 0 for "not matched". Areas are the
+        file's, by which COCO sorts small from large; where it states none, the mask's.
+        """
+        table = self._index
+        annotations: list[dict[str, Any]] = []
+        for image in self._kept.tolist():
+            height, width = table.sizes[image].tolist()
+            for annotation in table.annotations(image).tolist():
+                rle = table.rle(annotation, height, width)
+                text = {"size": [height, width], "counts": rle["counts"].decode()}
+                area = float(table.areas[annotation])
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": int(table.image_ids[image]),
+                        "category_id": self.categories[table.labels[annotation]].id,
+                        "iscrowd": int(table.crowd[annotation]),
+                        "area": float(mask_api.area(rle)) if np.isnan(area) else area,
+                        "segmentation": text,
+                    }
+                )
+        return {
+            "images": [
+                {"id": r.id, "file_name": r.file_name, "height": r.height, "width": r.width}
+                for r in map(self.record, range(len(self)))
+            ],
+            "annotations": annotations,
+            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
+        }
+
+
+def _decode(counts: bytes, height: int, width: int) -> NDArray[np.uint8]:
+    """Return the mask (H0, W0) of run lengths, which count down the columns from a run of 0."""
+    lengths = run_lengths(counts)
+    values = (np.arange(len(lengths)) % 2).astype(np.uint8)
+    return values.repeat(lengths).reshape(width, height).T
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Decode an image file to (H, W, 3) RGB.
+
+    Raises:
+        DataError: The file is missing, cut short, not an image, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path}: pixels of mode {image.mode}; expected 8 bits a channel: convert it"
+                )
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: cannot be decoded ({error}); expected a whole image: fetch or write it again"
+        ) from None

@@ -1,0 +1,321 @@
+"""The training loop: from a recipe to a trained model, resumable at every checkpoint.
+
+The same function trains on a laptop and as one of many workers: where torch.distributed is
+initialised each process is one worker. Whoever wants to see progress passes callbacks.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from knet_core.checkpoint import (
+    checkpoint_name,
+    copy_checkpoint,
+    load_trainer,
+    load_weights,
+    require_same_recipe,
+    save_checkpoint,
+    without_pretrained,
+)
+from knet_core.checkpoint_state import CheckpointState, read_state
+from knet_core.config import Recipe
+from knet_core.data import SegmentationDataset, build_dataset, train_loader
+from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
+from knet_core.errors import CheckpointError
+from knet_core.evaluation import evaluate, measure_fps
+from knet_core.meter import Meter
+from knet_core.models.knet import build_model
+from knet_core.progress import Callback, FitResult, Point, Report
+from knet_core.randomness import random_state, restore_random_state, seed_everything
+from knet_core.schedule import Schedule, plan_schedule
+from knet_core.trainer import Trainer
+
+_KEPT_CHECKPOINTS = 2
+_RANK_SEED_STRIDE = 1_000_003
+"""Workers draw different random numbers, the same in every run."""
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    callbacks: Sequence[Callback] = (),
+    output_dir: Path,
+    resume_from: Path | None = None,
+    device: torch.device | None = None,
+    report_every_seconds: float = 10.0,
+) -> FitResult:
+    """Train, evaluate and save; every worker calls it and gets the same result.
+
+    Args:
+        recipe: The run.
+        callbacks: Called on every worker at evaluations and checkpoints, and at points of the
+            curves when the last report is old.
+        output_dir: Scratch: takes the newest two checkpoints, and dumps of failures.
+        resume_from: A checkpoint of the same recipe; the run goes on as if never interrupted.
+            One that is finished is only reported again.
+        device: Where to compute; unset: this worker's GPU if there is one.
+        report_every_seconds: Age at which reports are due; 0 reports every point.
+
+    Raises:
+        ConfigError: The recipe cannot be run on this many workers or with this data.
+        DataError: Data is missing or damaged.
+        CheckpointError: `resume_from` is damaged or of another run.
+        NonFiniteError: A loss, a gradient or a matching cost is not finite.
+        DiskFullError: No space for a checkpoint.
+    """
+    device = device or _default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    train_set = build_dataset(recipe.data, "train", seed=recipe.seed)
+    schedule = plan_schedule(recipe.train, num_images=len(train_set), world_size=world_size())
+    state = None
+    if resume_from is not None:
+        require_same_recipe(resume_from, recipe)
+        state = read_state(resume_from)
+        if state.categories != train_set.categories:
+            raise CheckpointError(
+                f"{resume_from}: trained on {len(state.categories)} other categories than the "
+                f"{len(train_set.categories)} of data.root = {recipe.data.root}; "
+                f"resume with the same data"
+            )
+        if state.step >= schedule.num_iterations:
+            return _report_again(state, resume_from, schedule, callbacks, output_dir)
+
+    seed_everything(recipe.seed)
+    building = recipe if resume_from is None else without_pretrained(recipe)
+    model = build_model(
+        building.model, recipe.loss, recipe.eval, num_classes=train_set.num_classes
+    )
+    trainer = Trainer(
+        model,
+        recipe,
+        num_iterations=schedule.num_iterations,
+        device=device,
+        output_dir=output_dir,
+    )
+    seed_everything(recipe.seed + rank() * _RANK_SEED_STRIDE)
+    run = _Run(
+        recipe=recipe,
+        schedule=schedule,
+        trainer=trainer,
+        train_set=train_set,
+        val_set=build_dataset(recipe.data, "val", seed=recipe.seed),
+        device=device,
+        output_dir=output_dir,
+        callbacks=callbacks,
+        report_every_seconds=report_every_seconds,
+    )
+    if state is not None and resume_from is not None:
+        run.resume(state, resume_from)
+    return run.train()
+
+
+class _Run:
+    """A run in progress on one worker."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        schedule: Schedule,
+        trainer: Trainer,
+        train_set: SegmentationDataset,
+        val_set: SegmentationDataset,
+        device: torch.device,
+        output_dir: Path,
+        callbacks: Sequence[Callback],
+        report_every_seconds: float,
+    ) -> None:
+        self._recipe = recipe
+        self._schedule = schedule
+        self._trainer = trainer
+        self._train_set = train_set
+        self._val_set = val_set
+        self._device = device
+        self._output_dir = output_dir
+        self._callbacks = callbacks
+        self._report_every_seconds = report_every_seconds
+        self._step = 0
+        self._points: list[Point] = []
+        self._evaluations: list[Point] = []
+        self._metrics: dict[str, float] = {}
+        self._seconds_before = 0.0
+        self._start = self._last_report = time.perf_counter()
+
+    def resume(self, state: CheckpointState, directory: Path) -> None:
+        """Go on from a checkpoint."""
+        load_weights(self._trainer.model, directory)
+        saved = load_trainer(directory)
+        self._trainer.load_state_dict(saved)
+        if rank() < len(saved["random"]):  # more workers than before: the new ones start afresh
+            restore_random_state(saved["random"][rank()])
+        self._step = state.step
+        self._evaluations = list(state.evaluations)
+        self._metrics = state.metrics
+        self._seconds_before = state.seconds
+
+    def train(self) -> FitResult:
+        """Run to the end."""
+        schedule = self._schedule
+        batches = train_loader(
+            self._train_set,
+            seed=self._recipe.seed,
+            batch_size=schedule.batch_size,
+            micro_batch=schedule.micro_batch,
+            rank=rank(),
+            world_size=world_size(),
+            start_step=self._step,
+            num_steps=schedule.num_iterations,
+            num_workers=self._recipe.data.num_workers,
+        )
+        self._trainer.model.train()
+        meter = Meter(schedule.batch_size)
+        checkpoint = None
+        while self._step < schedule.num_iterations:
+            asked = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(schedule.num_micro_batches)]
+            waited = time.perf_counter() - asked
+            meter.add(self._trainer.step(self._step, micro_batches), waited=waited)
+            self._step += 1
+            if schedule.logs(self._step):
+                point = meter.point(self._step)
+                self._points.append(point)
+                self._metrics = {**self._metrics, "train/loss": point.metrics["train/loss"]}
+                checkpoint = self._after_point() or checkpoint
+                meter.restart()  # evaluating and saving took no training time
+        assert checkpoint is not None, "the last step saves"
+        return FitResult(
+            step=self._step,
+            metrics=self._metrics,
+            evaluations=tuple(self._evaluations),
+            checkpoint=checkpoint,
+            num_parameters=self._trainer.num_parameters,
+            seconds=self._seconds(),
+        )
+
+    def _after_point(self) -> Path | None:
+        """Evaluate, save and report as far as due; return the new checkpoint."""
+        evaluates, saves = self._schedule.evaluates(self._step), self._schedule.saves(self._step)
+        picture = self._evaluate() if evaluates else None
+        checkpoint = self._save() if saves else None
+        if evaluates or saves or self._report_is_due():
+            report = Report(
+                step=self._step,
+                epoch=self._schedule.epoch(self._step),
+                num_iterations=self._schedule.num_iterations,
+                points=tuple(self._points),
+                evaluation=self._evaluations[-1].metrics if evaluates else None,
+                picture=picture,
+                checkpoint=checkpoint if rank() == 0 else None,
+            )
+            self._points.clear()
+            for callback in self._callbacks:
+                callback.on_report(report)
+            self._last_report = time.perf_counter()
+        return checkpoint
+
+    def _evaluate(self) -> bytes | None:
+        config = self._recipe.eval
+        model = self._trainer.model
+        metrics, picture = evaluate(
+            model,
+            self._val_set,
+            config,
+            device=self._device,
+            num_workers=self._recipe.data.num_workers,
+        )
+        if self._step == self._schedule.num_iterations and config.fps_iterations > 0:
+            fps = on_rank_zero(
+                lambda: measure_fps(
+                    model, self._val_set, config.fps_iterations, device=self._device
+                )
+            )
+            metrics = {**metrics, "bench/fps": fps}
+        self._evaluations.append(Point(step=self._step, time=time.time(), metrics=metrics))
+        self._metrics = {**metrics, "train/loss": self._metrics["train/loss"]}
+        return picture
+
+    def _save(self) -> Path:
+        directory = self._output_dir / checkpoint_name(self._step)
+        state = CheckpointState(
+            step=self._step,
+            epoch=self._schedule.epoch(self._step),
+            categories=self._train_set.categories,
+            metrics=self._metrics,
+            evaluations=tuple(self._evaluations),
+            seconds=self._seconds(),
+            num_parameters=self._trainer.num_parameters,
+        )
+        random = gather_on_zero(random_state())
+
+        def save() -> None:
+            save_checkpoint(
+                directory,
+                model=self._trainer.model,
+                trainer={**self._trainer.state_dict(), "random": random},
+                state=state,
+                recipe=self._recipe,
+            )
+            _remove_old_checkpoints(self._output_dir, self._step)
+
+        on_rank_zero(save)
+        return directory
+
+    def _report_is_due(self) -> bool:
+        """Ask the first worker's clock, so that all report at the same points."""
+        age = time.perf_counter() - self._last_report
+        return on_rank_zero(lambda: age >= self._report_every_seconds)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._start
+
+
+def _report_again(
+    state: CheckpointState,
+    directory: Path,
+    schedule: Schedule,
+    callbacks: Sequence[Callback],
+    output_dir: Path,
+) -> FitResult:
+    """Report a finished run; its checkpoint is copied, as callbacks may move what they get."""
+    checkpoint = output_dir / checkpoint_name(state.step)
+    if checkpoint.resolve() != directory.resolve():
+        on_rank_zero(lambda: copy_checkpoint(directory, checkpoint))
+    report = Report(
+        step=state.step,
+        epoch=state.epoch,
+        num_iterations=schedule.num_iterations,
+        points=(),
+        evaluation=state.evaluations[-1].metrics,
+        picture=None,
+        checkpoint=checkpoint if rank() == 0 else None,
+    )
+    for callback in callbacks:
+        callback.on_report(report)
+    return FitResult(
+        step=state.step,
+        metrics=state.metrics,
+        evaluations=state.evaluations,
+        checkpoint=checkpoint,
+        num_parameters=state.num_parameters,
+        seconds=state.seconds,
+    )
+
+
+def _remove_old_checkpoints(output_dir: Path, step: int) -> None:
+    """Keep the newest up to `step`; later ones, of an earlier attempt, are not this run's yet."""
+    steps = [int(path.name.split("_")[1]) for path in output_dir.glob("checkpoint_[0-9]*")]
+    for old in sorted(found for found in steps if found <= step)[:-_KEPT_CHECKPOINTS]:
+        shutil.rmtree(output_dir / checkpoint_name(old))
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", place % torch.cuda.device_count())

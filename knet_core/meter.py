@@ -1,0 +1,63 @@
+"""What steps measure, averaged into the points of the training curves."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from knet_core.distributed import mean_over_ranks
+from knet_core.progress import Point
+from knet_core.trainer import StepResult
+
+
+class Meter:
+    """Sums since the last point; losses stay on the device until one is due.
+
+    Args:
+        batch_size: Images per step over all workers.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything, also the time that passed."""
+        self._steps = 0
+        self._losses: dict[str, Tensor] = {}
+        self._grad_norms: list[Tensor] = []
+        self._lr = 0.0
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, result: StepResult, *, waited: float) -> None:
+        """Take a step that waited so many seconds for its images."""
+        self._steps += 1
+        for name, value in result.losses.items():
+            self._losses[name] = self._losses[name] + value if name in self._losses else value
+        self._grad_norms.append(result.grad_norm)
+        self._lr = result.lr
+        self._waited += waited
+
+    def point(self, step: int) -> Point:
+        """Return the means over all workers since the last point, and start anew."""
+        norms = torch.stack(self._grad_norms)
+        norms = norms[norms.isfinite()]  # fp16 steps that overflowed were skipped
+        sums = torch.stack(
+            [*self._losses.values(), norms.sum() * self._steps / max(len(norms), 1)]
+        )
+        *losses, grad_norm = (mean_over_ranks(sums) / self._steps).tolist()
+        seconds = time.perf_counter() - self._start
+        metrics = {
+            "train/loss": sum(losses),
+            **{
+                f"train/loss/{name}": value
+                for name, value in zip(self._losses, losses, strict=True)
+            },
+            "train/grad_norm": grad_norm,
+            "train/lr": self._lr,
+            "sys/images_per_s": self._steps * self._batch_size / seconds,
+            "sys/data_wait": self._waited / seconds,
+        }
+        self.restart()
+        return Point(step=step, time=time.time(), metrics=metrics)

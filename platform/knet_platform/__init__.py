@@ -1,0 +1,1 @@
+"""Sweeps of segmentation models: planned here, trained by Ray, tracked in MLflow."""

@@ -1,0 +1,66 @@
+"""Who may write into a trial's folder.
+
+A run of a sweep claims every trial it is about to start. Workers that a killed run left behind
+compare the claim with their own before they write, and stop: two runs never mix in one folder.
+"""
+
+import json
+
+from knet_platform.errors import PlatformError
+from knet_platform.storage import TrialStore
+
+_FILE = "attempt.json"
+
+
+class SupersededError(PlatformError):
+    """Another run of the sweep has taken the trial over."""
+
+
+def claim(store: TrialStore, run_id: str) -> int:
+    """Make the trial belong to `run_id`, and return the number of attempts made so far.
+
+    Raises:
+        StorageError: The store cannot be written.
+        DiskFullError: It is full.
+    """
+    attempts = _read(store)[1]
+    _write(store, run_id, attempts)
+    return attempts
+
+
+def begin(store: TrialStore, run_id: str) -> int:
+    """Count one more attempt and return its number, from 1.
+
+    Raises:
+        SupersededError: The trial belongs to another run by now.
+    """
+    verify(store, run_id)
+    attempt = _read(store)[1] + 1
+    _write(store, run_id, attempt)
+    return attempt
+
+
+def count(store: TrialStore) -> int:
+    """Return the number of attempts made so far."""
+    return _read(store)[1]
+
+
+def verify(store: TrialStore, run_id: str) -> None:
+    """Refuse to go on if the trial belongs to another run.
+
+    Raises:
+        SupersededError: It does.
+    """
+    if _read(store)[0] != run_id:
+        raise SupersededError(f"{store.uri}: a newer run of the sweep took it over; this one ends")
+
+
+def _read(store: TrialStore) -> tuple[str, int]:
+    if _FILE not in store.list():
+        return "", 0
+    values = json.loads(store.read_bytes(_FILE))
+    return str(values["run"]), int(values["attempt"])
+
+
+def _write(store: TrialStore, run_id: str, attempt: int) -> None:
+    store.write_bytes(_FILE, json.dumps({"run": run_id, "attempt": attempt}).encode())

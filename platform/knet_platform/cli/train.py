@@ -1,0 +1,160 @@
+"""`knet train`: one recipe, in this process, without Ray; resumes where it stopped."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knet_core import KNetError
+from knet_platform.config import load_recipe
+from knet_platform.home import knet_home, tracking_uri
+from knet_platform.planning import Metric, Resources, Sweep, Trial, trial_hash
+
+if TYPE_CHECKING:
+    from knet_core import Recipe, Report
+    from knet_platform.cli.output import Advance
+    from knet_platform.tracking import Status, Tracker
+
+EXAMPLES = """\
+examples:
+  knet train sweeps/recipes/knet_r50_instance_1x.yaml --scale laptop data=sweeps/data/shapes.yaml
+  knet train sweeps/recipes/knet_r50_instance_1x.yaml data.root=/data/coco train.batch_size=8
+  knet train my_recipe.yaml seed=1 --output runs/mine --json"""
+
+ARM = "train"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("recipe", type=Path, help="a file such as those of sweeps/recipes")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values that win over all files"
+    )
+    parser.add_argument("--scale", metavar="NAME", help="a file of sweeps/scales, or its path")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the checkpoints (default: KNET_HOME/runs/<hash>)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end, or from the newest checkpoint in the output folder to the end."""
+    recipe = load_recipe(
+        args.recipe, scale=_scale(args.recipe, args.scale), overrides=args.overrides
+    )
+    from knet_core import data_fingerprint, fit
+    from knet_platform.cli.output import progress_bar, show_metrics
+    from knet_platform.tracking import BackgroundTracker
+    from knet_platform.tracking.mlflow import MLflowTracker
+
+    sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, data_fingerprint(recipe.data)))
+    (trial,) = sweep.trials
+    output = args.output or knet_home() / "runs" / trial.hash
+    checkpoint = _newest_checkpoint(output)
+    tracker = BackgroundTracker(
+        MLflowTracker(tracking_uri(), artifacts=knet_home() / "mlartifacts"),
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
+    with _tracked(tracker, sweep), progress_bar(sweep.name) as advance:
+        result = fit(
+            recipe,
+            callbacks=[_Reporter(tracker, trial, advance)],
+            output_dir=output,
+            resume_from=checkpoint,
+        )
+    if args.json:
+        values = {
+            "hash": trial.hash,
+            "step": result.step,
+            "seconds": result.seconds,
+            "checkpoint": str(result.checkpoint),
+            "metrics": result.metrics,
+        }
+        print(json.dumps(values, indent=2))
+    else:
+        show_metrics(f"{sweep.name}, step {result.step}", result.metrics)
+        print(f"checkpoint: {result.checkpoint}")
+    return 0
+
+
+class _Reporter:
+    """Hands what training reports to the tracker and the progress bar."""
+
+    def __init__(self, tracker: "Tracker", trial: Trial, advance: "Advance") -> None:
+        self._tracker = tracker
+        self._trial = trial
+        self._advance = advance
+
+    def on_report(self, report: "Report") -> None:
+        """Take a report."""
+        from knet_core import Point
+
+        points = list(report.points)
+        if report.evaluation:
+            points.append(Point(step=report.step, time=time.time(), metrics=report.evaluation))
+        self._tracker.log_points(self._trial.hash, points)
+        if report.picture:
+            self._tracker.log_picture(self._trial.hash, report.step, report.picture)
+        self._advance(report.step, report.num_iterations)
+
+
+@contextmanager
+def _tracked(tracker: "Tracker", sweep: Sweep) -> Iterator[None]:
+    """Record one attempt, however it ends."""
+    (trial,) = sweep.trials
+    tracker.start_sweep(sweep)
+    tracker.start_trial(trial, 1)
+    status: Status = "FAILED"
+    reason = "stopped by an error"
+    try:
+        yield
+        status, reason = "FINISHED", ""
+    except KNetError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    except KeyboardInterrupt:
+        status, reason = "KILLED", "interrupted by the user"
+        raise
+    finally:
+        tracker.finish_trial(trial.hash, status, reason)
+        tracker.finish_sweep(status)
+
+
+def _as_sweep(path: Path, recipe: "Recipe", identity: str) -> Sweep:
+    """Return the run as a sweep of one trial, which is what a tracker records."""
+    name = path.stem
+    trial = Trial(
+        sweep=name, arm=ARM, seed=recipe.seed, overrides={}, recipe=recipe, hash=identity
+    )
+    return Sweep(
+        name=name,
+        path=path,
+        title="",
+        metric=Metric(name="val/AP", mode="max"),
+        baseline=ARM,
+        seeds=(recipe.seed,),
+        arms=(ARM,),
+        paper=None,
+        resources=Resources(),
+        trials=(trial,),
+    )
+
+
+def _scale(recipe: Path, scale: str | None) -> Path | None:
+    """Return the scale's file; names lie in `scales` beside the folder of the recipe."""
+    if scale is None:
+        return None
+    if scale.endswith((".yaml", ".yml")):
+        return Path(scale)
+    return recipe.parent.parent / "scales" / f"{scale}.yaml"
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint; `fit` writes them whole or not at all."""
+    found = folder.glob("checkpoint_*")
+    steps = [path for path in found if path.name.removeprefix("checkpoint_").isdigit()]
+    return max(steps, key=lambda path: int(path.name.split("_")[1]), default=None)

@@ -1,0 +1,156 @@
+"""The Ray cluster in use: connect to it or start one here, and count the trials it holds."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from knet_platform.errors import CapacityError, UsageError
+from knet_platform.planning import Resources
+
+SETTINGS = {
+    # The old reporter can be silenced; nobody reads the files that Tune's loggers write.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray Train looks at its workers this often (seconds; default 2): a trial of a minute should
+    # not wait for that.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A trial waits for the workers of the one before it, for as long as that takes.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1e6",
+    # Relative paths in a recipe lie where the sweep was started.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # `tuner` handles signals itself.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+HEAD = {"node:__internal_head__": 0.001}
+"""Drivers run on the head, which outlives spot nodes, and take nothing that workers need."""
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads from the environment, without overriding the user; before importing it.
+
+    Without a stated mode, servers and clients of Ray guess differently whether tokens are needed.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+        known = token.is_file() or "RAY_AUTH_TOKEN" in os.environ
+        connects = "RAY_ADDRESS" in os.environ
+        os.environ["RAY_AUTH_MODE"] = "token" if known or not connects else "disabled"
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Use the cluster of `RAY_ADDRESS` (set inside every Ray job), else one started here.
+
+    A connection that exists is used as it is.
+
+    Raises:
+        UsageError: The address is of another kind, or nothing answers there.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        _connect(address, quiet)
+    else:
+        # Ray cleans up behind stopped trials only where its dashboard runs.
+        ray.init(address="local", include_dashboard=True, **quiet)
+    try:
+        _release_leftovers()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str, quiet: Mapping[str, Any]) -> None:
+    import ray
+
+    if address.startswith(("http://", "https://")):
+        raise UsageError(
+            f"RAY_ADDRESS: {address} takes jobs, not connections; use `knet submit`, or unset "
+            f"RAY_ADDRESS to start Ray here"
+        )
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(
+            f"RAY_ADDRESS: cannot connect to {address} ({reason}); expected a running cluster "
+            f"with the same RAY_AUTH_MODE ({os.environ.get('RAY_AUTH_MODE')}); unset RAY_ADDRESS "
+            f"to start Ray here"
+        ) from error
+
+
+def _release_leftovers() -> None:
+    """Free what a killed run reserved last.
+
+    Ray frees a dead process's reservations when it dies, and misses those that its actors asked
+    for at that very moment: they would keep every later trial waiting for ever.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_jobs, list_placement_groups
+
+    running = {job.job_id for job in list_jobs(filters=[("status", "=", "RUNNING")], limit=10_000)}
+    for group in list_placement_groups(detail=True, limit=10_000):
+        abandoned = group.creator_job_id not in running and not group.is_detached
+        if abandoned and group.state != "REMOVED":
+            remove_placement_group(
+                PlacementGroup(PlacementGroupID(bytes.fromhex(group.placement_group_id)))
+            )
+
+
+def trial_slots(resources: Resources) -> int:
+    """Return how many trials can train at once.
+
+    Drivers take nothing that workers need and a trial gets all its workers or none, so any
+    number of trials may wait for each other without a deadlock.
+
+    Raises:
+        CapacityError: Not even one.
+    """
+    import ray
+
+    worker = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive]
+    workers = sum(_fitting(worker, node) for node in nodes)
+    slots = max(workers, _workers_after_scaling(worker)) // resources.workers
+    if slots == 0:
+        raise CapacityError(
+            f"resources: one trial needs {resources.workers} workers of {_shown(worker)}, and the "
+            f"cluster holds {workers} ({_all(nodes)}); use fewer or smaller workers, or add nodes"
+        )
+    return slots
+
+
+def _workers_after_scaling(worker: Mapping[str, float]) -> int:
+    """Return the workers that fit once an autoscaler has added all it may; 0 without one."""
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config()
+    return _fitting(worker, most) if most else 0
+
+
+def _fitting(worker: Mapping[str, float], node: Mapping[str, float]) -> int:
+    return min(int(node.get(name, 0) / need + 1e-9) for name, need in worker.items() if need > 0)
+
+
+def _all(nodes: Sequence[Mapping[str, float]]) -> str:
+    return "; ".join(_shown({"CPU": n.get("CPU", 0), "GPU": n.get("GPU", 0)}) for n in nodes)
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return " + ".join(
+        f"{value:g} {name}" for name, value in resources.items() if value or name == "CPU"
+    )

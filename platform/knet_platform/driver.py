@@ -1,0 +1,141 @@
+"""One Ray Tune trial: fits one `TorchTrainer`, retries what may pass, records how it ended.
+
+The folder of a trial is also Ray Train's run folder, so whatever restarts - a worker, this
+driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from it.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import ray.train
+import ray.tune
+from ray.exceptions import RayError
+
+from knet_core import KNetError
+from knet_platform.attempts import begin, verify
+from knet_platform.storage import Failure, Store, TrialResult, TrialStore
+from knet_platform.worker import train_worker
+
+MAX_RETRIES = 2
+"""Attempts after one that made no progress; one that reached a new checkpoint counts anew."""
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialJob:
+    """What a driver needs to know, in plain values: Tune writes them down as JSON."""
+
+    trial_hash: str
+    recipe: dict[str, Any]
+    store_uri: str
+    run_id: str
+    """The run of the sweep that started the trial; see `attempts`."""
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Run a trial to its end; failures are recorded and reported, not raised."""
+    job = TrialJob(**config["job"])
+    store = Store(job.store_uri).trial(job.trial_hash)
+    began = time.monotonic()
+    retries = 0
+    while True:
+        attempt = begin(store, job.run_id)
+        ray.tune.report({"attempt": attempt})
+        step = _step(store)
+        try:
+            device = _fit(job, store)
+            break
+        except (ray.train.TrainingFailedError, RayError, KNetError) as error:
+            cause = _cause(error)
+            retries = 0 if _step(store) > step else retries + 1
+            message = _one_line(cause)
+            if isinstance(cause, KNetError) or retries > MAX_RETRIES:
+                verify(store, job.run_id)
+                store.write_failure(
+                    Failure(
+                        kind=type(cause).__name__,
+                        message=message,
+                        attempt=attempt,
+                        at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    )
+                )
+                ray.tune.report({"outcome": "failed", "reason": message})
+                return
+            ray.tune.report({"retry": message})
+    verify(store, job.run_id)
+    result = _result(job, store, device, time.monotonic() - began)
+    store.write_result(result)
+    final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
+    ray.tune.report({"outcome": "finished", "points": [final]})
+
+
+def _fit(job: TrialJob, store: TrialStore) -> str:
+    # Loads torch, which the process that runs the sweep can do without.
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    # Ray's annotations describe its version 1.
+    trainer: Any = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]
+        train_loop_config=asdict(job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.workers,
+            use_gpu=job.gpus_per_worker > 0,
+            resources_per_worker={"CPU": job.cpus_per_worker}
+            | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.trial_hash,
+            storage_path=store.uri.rpartition("/")[0],
+            # Retries are decided above: Ray Train cannot tell a broken image from a broken node.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
+        ),
+    )
+    return str(trainer.fit().return_value)
+
+
+def _result(job: TrialJob, store: TrialStore, device: str, wall_seconds: float) -> TrialResult:
+    name, state = store.latest_checkpoint(), store.state()
+    assert name is not None, "the last step of a fit saves"
+    assert state is not None, "the last step of a fit saves"
+    gpu_hours = state.seconds / 3600 * job.workers * job.gpus_per_worker
+    return TrialResult(
+        trial_hash=job.trial_hash,
+        step=state.step,
+        metrics={**state.metrics, "sys/gpu_hours": gpu_hours},
+        evaluations=state.evaluations,
+        checkpoint=name,
+        num_parameters=state.num_parameters,
+        seconds=state.seconds,
+        wall_seconds=wall_seconds,
+        device=device,
+        workers=job.workers,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _step(store: TrialStore) -> int:
+    """Return the step of the newest checkpoint, 0 without one."""
+    name = store.latest_checkpoint()
+    return int(name.rpartition("_")[2]) if name else 0
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the worker's own error, preferring one that explains itself."""
+    if not isinstance(error, ray.train.WorkerGroupError):
+        return getattr(error, "controller_failure", error)
+    # Ray wraps what a worker raised, to keep its traceback.
+    causes = [getattr(item, "_base_exc", item) for item in error.worker_failures.values()]
+    return next((cause for cause in causes if isinstance(cause, KNetError)), causes[0])
+
+
+def _one_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if isinstance(error, KNetError) else f"{type(error).__name__}: {line}"

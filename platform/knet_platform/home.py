@@ -1,0 +1,40 @@
+"""Where state is kept: `KNET_HOME`, `KNET_STORAGE` and `MLFLOW_TRACKING_URI`, read here only."""
+
+import os
+from pathlib import Path
+
+from knet_platform.errors import UsageError
+
+
+def knet_home() -> Path:
+    """Return the absolute state folder; it need not exist yet.
+
+    Raises:
+        UsageError: In the working folder of a Ray job without `KNET_HOME`: Ray deletes that
+            folder, and every result in it, when the job ends.
+    """
+    home = os.environ.get("KNET_HOME")
+    if home:
+        return Path(home).expanduser().absolute()
+    here = Path.cwd()
+    # Ray unpacks a job's working folder as .../working_dir_files/_ray_pkg_<hash>.
+    if any(part.startswith("_ray_pkg_") for part in here.parts):
+        raise UsageError(
+            "KNET_HOME: not set inside a Ray job, whose working folder is deleted when it ends; "
+            "expected a folder that stays: submit with `knet submit`, or add --runtime-env-json "
+            '\'{"env_vars": {"KNET_HOME": "/absolute/path"}}\''
+        )
+    return here / ".knet"
+
+
+def storage_uri() -> str:
+    """Return where results and checkpoints go: an absolute local path or an s3:// address."""
+    storage = os.environ.get("KNET_STORAGE")
+    if not storage:
+        return str(knet_home() / "storage")
+    return storage.rstrip("/") if "://" in storage else str(Path(storage).expanduser().absolute())
+
+
+def tracking_uri() -> str:
+    """Return MLflow's store: `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{knet_home() / 'mlflow.db'}"

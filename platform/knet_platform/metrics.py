@@ -1,0 +1,68 @@
+"""Every metric name, once: how it is shown and which way is better."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricInfo:
+    """How one metric is shown in tables and plots."""
+
+    title: str
+    scale: float = 1.0
+    """Factor from the stored value to the shown one: a stored AP of 0.341 is shown as 34.1."""
+    digits: int = 1
+    """Decimals shown."""
+    higher_is_better: bool = True
+    """Also decides which `mode` a sweep may state for it."""
+
+    def show(self, value: float) -> str:
+        """Return the stored `value` as it stands in a table."""
+        return f"{value * self.scale:.{self.digits}f}"
+
+
+def _share(title: str) -> MetricInfo:
+    return MetricInfo(title=title, scale=100.0)
+
+
+def _cost(title: str, digits: int) -> MetricInfo:
+    return MetricInfo(title=title, digits=digits, higher_is_better=False)
+
+
+METRICS: dict[str, MetricInfo] = {
+    "val/AP": _share("AP"),
+    "val/AP50": _share("AP50"),
+    "val/AP75": _share("AP75"),
+    "val/APs": _share("APs"),
+    "val/APm": _share("APm"),
+    "val/APl": _share("APl"),
+    "val/PQ": _share("PQ"),
+    "val/PQ_th": _share("PQ things"),
+    "val/PQ_st": _share("PQ stuff"),
+    "val/SQ": _share("SQ"),
+    "val/RQ": _share("RQ"),
+    "val/mIoU": _share("mIoU"),
+    "bench/fps": MetricInfo(title="FPS"),
+    "train/loss": _cost("Loss", 3),
+    "train/lr": MetricInfo(title="Learning rate", digits=6),
+    "train/grad_norm": _cost("Gradient norm", 2),
+    "sys/images_per_s": MetricInfo(title="Images/s"),
+    "sys/data_wait": MetricInfo(title="Waiting for data, %", scale=100.0, higher_is_better=False),
+    "sys/gpu_hours": _cost("GPU hours", 2),
+    "cost/usd": _cost("USD", 2),
+}
+
+_LOSS_TERM = re.compile(r"train/loss/(?P<term>[a-z0-9]+(/[a-z]+)?)")
+_STAGE = re.compile(r"val/stage(?P<stage>\d+)/(?P<name>\w+)")
+
+
+def find_metric(name: str) -> MetricInfo | None:
+    """Return what is known of a metric: a name above, `train/loss/<term>`, `val/stage<i>/...`."""
+    if term := _LOSS_TERM.fullmatch(name):
+        return _cost(f"Loss: {term['term']}", 3)
+    if stage := _STAGE.fullmatch(name):
+        info = METRICS.get(f"val/{stage['name']}")
+        return info and MetricInfo(
+            title=f"{info.title}, stage {stage['stage']}", scale=info.scale, digits=info.digits
+        )
+    return METRICS.get(name)

@@ -1,0 +1,523 @@
+"""A sweep file in, frozen trials out: every arm with every seed, fully resolved and checked.
+
+A trial's identity is the hash of everything that can change its result: its recipe, the data's
+annotations and the core's code. So the same run in two sweeps is one trial, and a finished trial
+is never run again. Loads no torch, Ray or MLflow; writes nothing.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import knet_core
+from knet_core import ConfigError, DataConfig, Recipe, data_fingerprint
+from knet_platform.config import (
+    COMMAND_LINE,
+    Layer,
+    collecting,
+    file_layers,
+    mapping_layers,
+    override_layers,
+    read_yaml,
+    resolve,
+    scale_layers,
+    suggestion,
+)
+from knet_platform.metrics import METRICS, find_metric
+
+# Where things lie and how often they are shown; none of it can change a result.
+_NOT_HASHED = (
+    ("data", "root"),
+    ("data", "num_workers"),
+    ("train", "log_every"),
+    ("eval", "probe_images"),
+    ("eval", "fps_iterations"),
+)
+# Names become MLflow runs and folders of the report.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
+_KEYS = (
+    "name",
+    "base",
+    "metric",
+    "seeds",
+    "baseline",
+    "arms",
+    "grid",
+    "paper",
+    "resources",
+    "scheduler",
+)
+_LATER = ("budget", "search")
+_SCALE_KEYS = ("recipe", "seeds", "resources")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What the sweep is judged by."""
+
+    name: str
+    mode: Literal["min", "max"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """The published numbers of the same arms."""
+
+    source: str
+    columns: dict[str, str]
+    """Metric name to column title, in the order of the rows."""
+    rows: dict[str, tuple[float | None, ...]]
+    """Arm to values as printed in the paper; None where it gives none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one trial takes, and how many may run at once."""
+
+    workers: int = 1
+    gpus_per_worker: float = 0
+    cpus_per_worker: float = 1
+    max_concurrent: int | None = None
+    """Unset: as many as the cluster holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One arm with one seed."""
+
+    sweep: str
+    arm: str
+    seed: int
+    overrides: dict[str, Any]
+    """What the arm sets, as dotted keys."""
+    recipe: Recipe
+    hash: str
+    """16 hex digits."""
+
+    @property
+    def name(self) -> str:
+        """Return `arm/seed`, the name of the MLflow run."""
+        return f"{self.arm}/{self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A sweep file, checked and expanded."""
+
+    name: str
+    path: Path
+    title: str
+    """First comment line of the file."""
+    metric: Metric
+    baseline: str
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    paper: Paper | None
+    resources: Resources
+    trials: tuple[Trial, ...]
+    """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
+
+
+def load_sweep(
+    path: Path,
+    *,
+    scale: str | None = None,
+    overrides: Sequence[str] = (),
+    seeds: int | None = None,
+) -> Sweep:
+    """Read, check and expand a sweep.
+
+    Args:
+        path: The sweep file; `base:` and `scales/` are relative to its folder.
+        scale: Name of a file in `scales/`, or a path ending in .yaml.
+        overrides: `key=value` arguments; they win over arms.
+        seeds: Run seeds 0 to `seeds` - 1 instead of the listed ones.
+
+    Raises:
+        ConfigError: Everything that is wrong with the sweep, at once.
+        DataError: The data set is not there.
+    """
+    values = read_yaml(path)
+    reader = _Reader(path, values)
+    problems = reader.problems
+    scale_path, scale_values = None, dict[str, Any]()
+    if scale is not None:
+        with collecting(problems):
+            scale_path = _find_scale(path, scale)
+            scale_values = read_yaml(scale_path)
+    name = reader.name()
+    arms = reader.arms()
+    baseline = reader.baseline(arms)
+    metric = reader.metric()
+    paper = reader.paper(arms)
+    reader.unimplemented()
+    resources = reader.resources("resources", values.get("resources"), Resources())
+    chosen = reader.seeds("seeds", values.get("seeds", [0]))
+    if scale_path is not None:
+        reader = _Reader(scale_path, scale_values, known=_SCALE_KEYS, problems=problems)
+        resources = reader.resources("resources", scale_values.get("resources"), resources)
+        if "seeds" in scale_values:
+            chosen = reader.seeds("seeds", scale_values["seeds"])
+    if seeds is not None:
+        if seeds < 1:
+            problems.append(f"{COMMAND_LINE}: --seeds: expected at least 1, got {seeds}")
+        chosen = tuple(range(seeds))
+
+    layers = _layers(path, values, arms, scale_path, scale_values, overrides, problems)
+    if problems:
+        raise ConfigError(problems)
+    recipes: dict[str, Recipe] = {}
+    for arm, stack in layers.items():
+        with collecting(problems):
+            recipes[arm] = resolve(stack)
+    if not problems:
+        problems.extend(_same_arms(path, recipes, baseline))
+        problems.extend(_batch_problems(recipes, resources, path))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+    fingerprints: dict[DataConfig, str] = {}
+    trials = []
+    for seed, (arm, recipe) in itertools.product(chosen, recipes.items()):
+        if recipe.data not in fingerprints:
+            fingerprints[recipe.data] = data_fingerprint(recipe.data)
+        seeded = dataclasses.replace(recipe, seed=seed)
+        trials.append(
+            Trial(
+                sweep=name,
+                arm=arm,
+                seed=seed,
+                overrides=arms[arm],
+                recipe=seeded,
+                hash=trial_hash(seeded, fingerprints[recipe.data]),
+            )
+        )
+    return Sweep(
+        name=name,
+        path=path,
+        title=_title(path),
+        metric=metric,
+        baseline=baseline,
+        seeds=chosen,
+        arms=tuple(arms),
+        paper=paper,
+        resources=resources,
+        trials=tuple(trials),
+    )
+
+
+def trial_hash(recipe: Recipe, fingerprint: str) -> str:
+    """Return the 16 hex digits that identify a run of `recipe` on data of that fingerprint."""
+    content = json.dumps([_identity(recipe), fingerprint, _code_digest()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.to_dict()
+    for section, key in _NOT_HASHED:
+        del values[section][key]
+    return values
+
+
+@cache
+def _code_digest() -> str:
+    root = Path(knet_core.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _title(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#!"):
+            continue
+        return line.lstrip("# ").strip() if line.startswith("#") else ""
+    return ""
+
+
+def _find_scale(sweep: Path, scale: str) -> Path:
+    if scale.endswith((".yaml", ".yml")):
+        return Path(scale)
+    folder = sweep.parent / "scales"
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if scale not in names:
+        raise ConfigError(
+            f"{COMMAND_LINE}: --scale: no scale '{scale}' in {folder}, which has "
+            f"{', '.join(names) or 'none'}{suggestion(scale, names)}"
+        )
+    return folder / f"{scale}.yaml"
+
+
+def _layers(
+    path: Path,
+    values: Mapping[str, Any],
+    arms: Mapping[str, Mapping[str, Any]],
+    scale_path: Path | None,
+    scale_values: Mapping[str, Any],
+    overrides: Sequence[str],
+    problems: list[str],
+) -> dict[str, tuple[Layer, ...]]:
+    """Return each arm's layers: recipe < scale < arm < command line."""
+    shared: list[Layer] = []
+    last: tuple[Layer, ...] = ()
+    base = values.get("base")
+    if not isinstance(base, str):
+        problems.append(f"{path}: base: expected a recipe file beside the sweep, got {base!r}")
+    else:
+        with collecting(problems):
+            shared.extend(file_layers(path.parent / base))
+    if scale_path is not None:
+        with collecting(problems):
+            shared.extend(scale_layers(scale_path, scale_values))
+    with collecting(problems):
+        last = override_layers(overrides)
+    stacks: dict[str, tuple[Layer, ...]] = {}
+    for arm, settings in arms.items():
+        with collecting(problems):
+            layers = mapping_layers(f"{path}: arms.{arm}", settings, folder=path.parent)
+            stacks[arm] = (*shared, *layers, *last)
+    for layer in itertools.chain(last, *(stack[len(shared) :] for stack in stacks.values())):
+        if "seed" in layer.values:
+            problems.append(
+                f"{layer.source}: seed: a sweep runs every arm with its seeds; "
+                f"set seeds: in the sweep or --seeds N"
+            )
+    return stacks
+
+
+def _same_arms(path: Path, recipes: Mapping[str, Recipe], baseline: str) -> list[str]:
+    """Name arms that would be the same run; the baseline is named as the one to differ from."""
+    problems = []
+    seen: dict[str, str] = {}
+    for arm in sorted(recipes, key=lambda name: name != baseline):
+        identity = json.dumps(_identity(recipes[arm]), sort_keys=True)
+        other = seen.setdefault(identity, arm)
+        if other != arm:
+            problems.append(
+                f"{path}: arms.{arm}: sets nothing that makes it differ from arm '{other}' (a "
+                f"key=value argument wins over arms); expected every arm to be another run"
+            )
+    return problems
+
+
+def _batch_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:
+    problems = []
+    for arm, recipe in recipes.items():
+        batch, micro = recipe.train.batch_size, recipe.train.micro_batch
+        if batch % resources.workers:
+            problems.append(
+                f"{path}: arms.{arm}: train.batch_size: {batch} images cannot be shared equally "
+                f"by resources.workers = {resources.workers}"
+            )
+        elif micro and (batch // resources.workers) % micro:
+            problems.append(
+                f"{path}: arms.{arm}: train.micro_batch: {micro} does not divide the "
+                f"{batch // resources.workers} images of each worker"
+            )
+    return problems
+
+
+class _Reader:
+    """Checks the parts of one sweep or scale file and gathers what is wrong with them."""
+
+    def __init__(
+        self,
+        path: Path,
+        values: Mapping[str, Any],
+        *,
+        known: Sequence[str] = _KEYS,
+        problems: list[str] | None = None,
+    ) -> None:
+        self._path = path
+        self._values = values
+        self.problems = [] if problems is None else problems
+        later = _LATER if known is _KEYS else ()
+        self._unknown(values, (*known, *later), "")
+
+    def unimplemented(self) -> None:
+        """Refuse what the format reserves and this version does not do yet."""
+        for key in _LATER:
+            if key in self._values:
+                self._wrong(key, "is part of the format but not implemented yet; remove it")
+        scheduler = self._values.get("scheduler", "fifo")
+        name = scheduler.get("name") if isinstance(scheduler, dict) else scheduler
+        if name == "asha":
+            self._wrong("scheduler", "asha is not implemented yet; use fifo or remove the key")
+        elif scheduler not in ("fifo", {"name": "fifo"}):
+            self._wrong("scheduler", f"expected fifo, got {scheduler!r}")
+
+    def name(self) -> str:
+        """Return the sweep's name."""
+        name = self._values.get("name")
+        if not isinstance(name, str):
+            self._wrong("name", f"expected the sweep's name, got {name!r}")
+            return ""
+        self._check_name("name", name)
+        return name
+
+    def metric(self) -> Metric:
+        """Return the metric the sweep is judged by."""
+        values = self._mapping("metric", required=True)
+        self._unknown(values, ("name", "mode"), "metric.")
+        name, mode = values.get("name"), values.get("mode")
+        info = self._metric_info("metric.name", name) if values else None
+        right = None if info is None else "max" if info.higher_is_better else "min"
+        if values and mode not in ("min", "max"):
+            self._wrong("metric.mode", f"expected min or max, got {mode!r}")
+        elif right is not None and mode != right:
+            self._wrong("metric.mode", f"got {mode}, expected {right}, which is better for {name}")
+        return Metric(name=str(name), mode=cast(Literal["min", "max"], mode))
+
+    def seeds(self, key: str, values: Any) -> tuple[int, ...]:
+        """Return a list of distinct seeds."""
+        if not isinstance(values, list) or not values:
+            self._wrong(key, f"expected a list with at least one seed, got {values!r}")
+            return ()
+        wrong = [seed for seed in values if type(seed) is not int or seed < 0]
+        if wrong:
+            self._wrong(key, f"expected integers >= 0, got {wrong[0]!r}")
+            return ()
+        twice = sorted({seed for seed in values if values.count(seed) > 1})
+        if twice:
+            self._wrong(key, f"seed {twice[0]} is listed twice")
+        return tuple(values)
+
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """Return what every arm sets: those of `arms:`, then every combination of `grid:`."""
+        arms = dict(self._mapping("arms", required="grid" not in self._values))
+        for name, settings in arms.items():
+            if settings is not None and not isinstance(settings, dict):
+                self._wrong(f"arms.{name}", f"expected {{key: value}}, got {settings!r}")
+                settings = None
+            arms[name] = settings or {}
+        grid = self._mapping("grid")
+        axes = {key: axis for key, axis in grid.items() if isinstance(axis, list) and axis}
+        for key in grid.keys() - axes.keys():
+            self._wrong(f"grid.{key}", f"expected a list of values, got {grid[key]!r}")
+        for combination in itertools.product(*axes.values()) if axes else ():
+            settings = dict(zip(axes, combination, strict=True))
+            name = ",".join(f"{key}={_shown(value)}" for key, value in settings.items())
+            if name in arms:
+                self._wrong("grid", f"gives arm '{name}' twice")
+            arms[name] = settings
+        for name in arms:
+            self._check_name("arms", name)
+        return arms
+
+    def baseline(self, arms: Mapping[str, Any]) -> str:
+        """Return the arm that the others are compared with."""
+        value = self._values.get("baseline")
+        name = "" if value is None else _shown(value)
+        if arms and name not in arms:
+            self._wrong(
+                "baseline",
+                f"'{name}' is not an arm; arms are {', '.join(arms)}{suggestion(name, arms)}",
+            )
+        return name
+
+    def paper(self, arms: Mapping[str, Any]) -> Paper | None:
+        """Return the published numbers, if the sweep states any."""
+        if self._values.get("paper") is None:
+            return None
+        values = self._mapping("paper", required=True)
+        if not values:
+            return None
+        self._unknown(values, ("source", "columns", "rows"), "paper.")
+        columns, rows = values.get("columns"), values.get("rows")
+        if not isinstance(columns, dict) or not columns:
+            self._wrong("paper.columns", f"expected {{metric: title}}, got {columns!r}")
+            columns = {}
+        if not isinstance(rows, dict):
+            self._wrong("paper.rows", f"expected {{arm: [numbers]}}, got {rows!r}")
+            rows = {}
+        for metric in columns:
+            self._metric_info("paper.columns", metric)
+        for arm, row in rows.items():
+            if arm not in arms:
+                self._wrong(f"paper.rows.{arm}", f"is not an arm{suggestion(arm, arms)}")
+            if not isinstance(row, list) or len(row) != len(columns):
+                self._wrong(
+                    f"paper.rows.{arm}",
+                    f"expected {len(columns)} values, one per column, got {row!r}",
+                )
+                rows = rows | {arm: []}
+            elif wrong := [item for item in row if not (item is None or _is_number(item))]:
+                self._wrong(f"paper.rows.{arm}", f"expected numbers or null, got {wrong[0]!r}")
+        return Paper(
+            source=str(values.get("source", "")),
+            columns={metric: str(title) for metric, title in columns.items()},
+            rows={arm: tuple(row) for arm, row in rows.items()},
+        )
+
+    def resources(self, key: str, values: Any, default: Resources) -> Resources:
+        """Return `default` with what the file sets."""
+        if values is None:
+            return default
+        if not isinstance(values, dict):
+            self._wrong(key, f"expected {{workers: 2, ...}}, got {values!r}")
+            return default
+        names = [item.name for item in dataclasses.fields(Resources)]
+        self._unknown(values, names, f"{key}.")
+        good: dict[str, Any] = {}
+        for name, value in values.items():
+            whole = name in ("workers", "max_concurrent")
+            least = 1 if whole else 0
+            if name == "max_concurrent" and value is None:
+                good[name] = value
+            elif not _is_number(value) or value < least or (whole and type(value) is not int):
+                kind = "an integer" if whole else "a number"
+                self._wrong(f"{key}.{name}", f"expected {kind} >= {least}, got {value!r}")
+            elif name in names:
+                good[name] = value
+        return dataclasses.replace(default, **good)
+
+    def _wrong(self, key: str, problem: str) -> None:
+        self.problems.append(f"{self._path}: {key}: {problem}")
+
+    def _mapping(self, key: str, *, required: bool = False) -> dict[str, Any]:
+        value = self._values.get(key)
+        if value is None and not required:
+            return {}
+        if not isinstance(value, dict) or not value:
+            self._wrong(key, f"expected keys below it, got {value!r}")
+            return {}
+        return value
+
+    def _unknown(self, values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+        for key in values:
+            if key not in known:
+                near = suggestion(key, known) or f"; expected {', '.join(known)}"
+                self._wrong(f"{prefix}{key}", f"unknown key{near}")
+
+    def _check_name(self, key: str, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            self._wrong(
+                key,
+                f"'{name}' cannot name a run and a folder; use letters, digits and . _ = , + - "
+                f"(not first), at most 120",
+            )
+
+    def _metric_info(self, key: str, name: Any) -> Any:
+        info = find_metric(name) if isinstance(name, str) else None
+        if info is None:
+            self._wrong(key, f"unknown metric {name!r}{suggestion(str(name), METRICS)}")
+        return info
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

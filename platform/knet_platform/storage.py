@@ -1,0 +1,266 @@
+"""Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
+
+Layout: `<uri>/trials/<hash>/{result.json, failure.json, checkpoint_<step>/, ...}`; this folder is
+also Ray Train's run folder. A local file appears whole or not at all (written beside, then
+renamed); an S3 object does so by nature.
+"""
+
+import errno
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from uuid import uuid4
+
+from pyarrow import fs
+
+from knet_core import DiskFullError
+from knet_platform.errors import StorageError
+
+if TYPE_CHECKING:
+    from knet_core import CheckpointState
+
+Status = Literal["finished", "partial", "failed", "new"]
+
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)")
+_CHECKPOINT_FILES = {"model.safetensors", "trainer.pt", "state.json", "recipe.yaml"}
+
+
+class EvaluationLike(Protocol):
+    """What a point of the evaluation curve offers, whoever made it."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer step."""
+
+    @property
+    def time(self) -> float:
+        """Unix time in seconds."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Values by metric name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One evaluation as read back from a result."""
+
+    step: int
+    time: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """What a finished trial leaves; its presence is what "finished" means."""
+
+    trial_hash: str
+    step: int
+    metrics: dict[str, float]
+    evaluations: tuple[EvaluationLike, ...]
+    checkpoint: str
+    """Name of the last checkpoint's folder in the trial's folder."""
+    num_parameters: int
+    """Trainable parameters."""
+    seconds: float
+    """Training time, summed over attempts."""
+    wall_seconds: float
+    """Time of the last attempt from driver start to end."""
+    device: str
+    workers: int
+    finished_at: str
+    """ISO 8601."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why the last attempt of a trial ended."""
+
+    kind: str
+    message: str
+    attempt: int
+    at: str = field(default="")
+    """ISO 8601."""
+
+
+class Store:
+    """The folder or bucket prefix that holds every trial."""
+
+    def __init__(self, uri: str) -> None:
+        """Open `uri`: a local path or s3://bucket/prefix (`AWS_ENDPOINT_URL` is honoured).
+
+        Raises:
+            StorageError: The address is of another kind, or its server cannot be reached.
+        """
+        self.uri = uri.rstrip("/")
+        scheme = uri.partition("://")[0] if "://" in uri else ""
+        if scheme not in {"", "s3"}:
+            raise StorageError(
+                f"KNET_STORAGE: got '{uri}', expected a local path or s3://bucket/prefix"
+            )
+        if scheme:
+            with _explained(self.uri, "open"):
+                self._filesystem, self._root = fs.FileSystem.from_uri(self.uri)
+        else:
+            self._filesystem, self._root = fs.LocalFileSystem(), str(Path(uri).absolute())
+
+    def trial(self, trial_hash: str) -> "TrialStore":
+        """Return the part of the store that belongs to one trial; nothing is created."""
+        relative = f"trials/{trial_hash}"
+        return TrialStore(
+            f"{self.uri}/{relative}", filesystem=self._filesystem, root=f"{self._root}/{relative}"
+        )
+
+
+class TrialStore:
+    """One trial's folder."""
+
+    def __init__(self, uri: str, *, filesystem: Any, root: str) -> None:
+        self.uri = uri
+        self._filesystem = filesystem
+        self._root = root
+
+    def result(self) -> TrialResult | None:
+        """Return the result of a finished trial."""
+        values = self._read_json("result.json")
+        if values is None:
+            return None
+        evaluations = tuple(Evaluation(**item) for item in values.pop("evaluations"))
+        return TrialResult(evaluations=evaluations, **values)
+
+    def write_result(self, result: TrialResult) -> None:
+        """Mark the trial as finished; an earlier failure is forgotten."""
+        evaluations = [
+            {"step": item.step, "time": item.time, "metrics": dict(item.metrics)}
+            for item in result.evaluations
+        ]
+        names = TrialResult.__dataclass_fields__
+        values = {name: getattr(result, name) for name in names} | {"evaluations": evaluations}
+        self._write_json("result.json", values)
+        self.clear_failure()
+
+    def failure(self) -> Failure | None:
+        """Return why the trial failed, if its last attempt did."""
+        values = self._read_json("failure.json")
+        return None if values is None else Failure(**values)
+
+    def write_failure(self, failure: Failure) -> None:
+        """Record why an attempt ended."""
+        self._write_json("failure.json", asdict(failure))
+
+    def clear_failure(self) -> None:
+        """Forget the recorded failure, if any."""
+        with _explained(self.uri, "write"), suppress(FileNotFoundError):
+            self._filesystem.delete_file(f"{self._root}/failure.json")
+
+    def latest_checkpoint(self) -> str | None:
+        """Return the name of the newest checkpoint that has all its files."""
+        steps = [int(match[1]) for name in self.list() if (match := _CHECKPOINT.fullmatch(name))]
+        for step in sorted(steps, reverse=True):
+            name = next(n for n in self.list() if _is_step(n, step))
+            if set(self.list(name)) >= _CHECKPOINT_FILES:
+                return name
+        return None
+
+    def state(self) -> "CheckpointState | None":
+        """Return the training state of the newest checkpoint."""
+        name = self.latest_checkpoint()
+        if name is None:
+            return None
+        from knet_core import read_state
+
+        if isinstance(self._filesystem, fs.LocalFileSystem):
+            return read_state(Path(self._root) / name)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "state.json").write_bytes(self.read_bytes(f"{name}/state.json"))
+            return read_state(Path(folder))
+
+    def status(self) -> Status:
+        """Return how far the trial has come."""
+        names = set(self.list())
+        if "result.json" in names:
+            return "finished"
+        if "failure.json" in names:
+            return "failed"
+        return "partial" if self.latest_checkpoint() else "new"
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Write one file, whole or not at all.
+
+        Raises:
+            DiskFullError: The disk took no more.
+            StorageError: The store refused.
+        """
+        target = f"{self._root}/{relative}"
+        local = isinstance(self._filesystem, fs.LocalFileSystem)
+        written = f"{target}.{uuid4().hex}.tmp" if local else target
+        with _explained(f"{self.uri}/{relative}", "write"):
+            try:
+                if local:
+                    self._filesystem.create_dir(target.rpartition("/")[0])
+                with self._filesystem.open_output_stream(written) as stream:
+                    stream.write(data)
+                if local:
+                    self._filesystem.move(written, target)
+            except OSError:
+                if local:
+                    Path(written).unlink(missing_ok=True)
+                raise
+
+    def read_bytes(self, relative: str) -> bytes:
+        """Return one file's content.
+
+        Raises:
+            StorageError: It is missing or cannot be read.
+        """
+        with (
+            _explained(f"{self.uri}/{relative}", "read"),
+            self._filesystem.open_input_stream(f"{self._root}/{relative}") as stream,
+        ):
+            data: bytes = stream.read()
+        return data
+
+    def list(self, relative: str = "") -> list[str]:
+        """Return the names in a folder, sorted; a missing folder is empty."""
+        folder = f"{self._root}/{relative}".rstrip("/")
+        with _explained(f"{self.uri}/{relative}", "read"):
+            found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def _read_json(self, relative: str) -> dict[str, Any] | None:
+        if relative not in self.list():
+            return None
+        try:
+            values: dict[str, Any] = json.loads(self.read_bytes(relative))
+        except ValueError as error:
+            raise StorageError(
+                f"{self.uri}/{relative}: not valid JSON; delete the file to run the trial again"
+            ) from error
+        return values
+
+    def _write_json(self, relative: str, values: Mapping[str, Any]) -> None:
+        self.write_bytes(relative, json.dumps(values, indent=1).encode())
+
+
+def _is_step(name: str, step: int) -> bool:
+    match = _CHECKPOINT.fullmatch(name)
+    return match is not None and int(match[1]) == step
+
+
+@contextmanager
+def _explained(where: str, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(f"{where}: no space left; free some and run again") from error
+        problem = str(error).splitlines()[0]
+        raise StorageError(
+            f"{where}: cannot {verb} ({problem}); check KNET_STORAGE, its permissions, and for s3 "
+            f"the credentials and AWS_ENDPOINT_URL"
+        ) from error

@@ -1,0 +1,65 @@
+"""What the platform asks of an experiment tracker; the only names the rest of it knows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from knet_platform.errors import TrackingError
+from knet_platform.planning import Sweep, Trial
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class RejectedError(TrackingError):
+    """The store answered and refused; sending the same again cannot help."""
+
+
+class PointLike(Protocol):
+    """One point of a trial's curves."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer step."""
+
+    @property
+    def time(self) -> float:
+        """Unix time in seconds."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Values by metric name."""
+
+
+class Tracker(Protocol):
+    """One parent run for a sweep, one child run per trial for its whole life.
+
+    Every method may be called again with the same arguments, by this process or by one that
+    continues the sweep later; nothing is recorded twice. All may raise `TrackingError`.
+    """
+
+    def start_sweep(self, sweep: Sweep) -> None:
+        """Find or create the sweep's run; called first, proves that the store works."""
+
+    def status(self, trial_hash: str) -> Status | None:
+        """Return how a trial's run stands; None if there is none."""
+
+    def start_trial(self, trial: Trial, attempt: int) -> None:
+        """Find or create a trial's run and mark it as running."""
+
+    def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
+        """Add to a trial's curves; of each curve, only steps beyond its last one are taken.
+
+        A trial that resumes from a checkpoint repeats steps, with the same values.
+        """
+
+    def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
+        """Add a picture to a trial's run."""
+
+    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+        """Close a trial's run."""
+
+    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+        """Close the sweep's run, with files attached."""
+
+    def compare_url(self) -> str | None:
+        """Return the address of a page that compares the trials, if there is such a page."""

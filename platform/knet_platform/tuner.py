@@ -1,0 +1,351 @@
+"""A sweep on Ray Tune: starts what is not finished, tells tracker and progress what happens.
+
+Everything that must outlive this process is in the store. A run starts a fresh `Tuner` over the
+trials without a result; Ray Train finds their checkpoints in their folders. So starting and
+continuing are one and the same, whatever ended the run before.
+"""
+
+import fcntl
+import os
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray.tune
+from ray.tune.experiment import Trial as TuneTrial
+
+from knet_platform import attempts
+from knet_platform.cluster import HEAD, connected, trial_slots
+from knet_platform.driver import TrialJob, run_trial
+from knet_platform.errors import InterruptedSweepError, StorageError, UsageError
+from knet_platform.planning import Sweep, Trial
+from knet_platform.progress import Moment, Progress, show_metric
+from knet_platform.report import Report, build_report, write_report
+from knet_platform.storage import Evaluation, Failure, Store
+from knet_platform.tracking import Tracker
+
+DRIVER_RESTARTS = 2
+"""Times that a driver process which dies is started again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepOutcome:
+    """How a sweep stands when its run ends."""
+
+    finished: tuple[Trial, ...]
+    failed: tuple[tuple[Trial, str], ...]
+    """Trials with their reasons."""
+    report: Report
+    files: Mapping[str, Path]
+    """The report's files, as `write_report` names them."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    store: Store,
+    tracker: Tracker,
+    progress: Progress,
+    *,
+    home: Path,
+    scale: str | None = None,
+) -> SweepOutcome:
+    """Run every trial of `sweep` that has no result yet, then write the report.
+
+    A trial that fails does not stop the others.
+
+    Args:
+        sweep: What to run.
+        store: Where results and checkpoints are and go.
+        tracker: Told everything; its failures after the start stop nothing.
+        progress: Told the same, for people.
+        home: State folder; takes the lock and `reports/<sweep>/`.
+        scale: Name of the scale, for the report's heading.
+
+    Raises:
+        UsageError: Another process runs the same sweep.
+        TrackingError: The tracker cannot be used.
+        CapacityError: The cluster can never hold a trial.
+        StorageError: The store cannot be used.
+        InterruptedSweepError: SIGTERM; the same call continues.
+        KeyboardInterrupt: SIGINT; likewise.
+    """
+    with sweep_lock(sweep.name, home):
+        tracker.start_sweep(sweep)
+        try:
+            failed = _run_unfinished(sweep, store, tracker, progress)
+            report = build_report(sweep, store, scale=scale)
+            files = write_report(report, home / "reports" / sweep.name)
+        except (KeyboardInterrupt, InterruptedSweepError):
+            tracker.finish_sweep("KILLED")
+            raise
+        except Exception:
+            tracker.finish_sweep("FAILED")
+            raise
+        tracker.finish_sweep("FAILED" if failed else "FINISHED", list(files.values()))
+    return SweepOutcome(
+        finished=tuple(trial for trial in sweep.trials if trial.hash not in failed),
+        failed=tuple((t, failed[t.hash]) for t in sweep.trials if t.hash in failed),
+        report=report,
+        files=files,
+    )
+
+
+def _run_unfinished(
+    sweep: Sweep, store: Store, tracker: Tracker, progress: Progress
+) -> Mapping[str, str]:
+    """Return the reasons of failed trials by hash."""
+    todo = [trial for trial in sweep.trials if store.trial(trial.hash).status() != "finished"]
+    _catch_up(sweep, todo, store, tracker)
+    bridge = _Bridge(sweep, todo, store, tracker, progress)
+    if todo:
+        with _interruptible(sweep, bridge) as listen, connected():
+            listen()  # again: Ray has put its own handler in place
+            _run_trials(sweep, todo, store, bridge)
+    for trial in todo:
+        if trial.hash not in bridge.failed and store.trial(trial.hash).status() != "finished":
+            bridge.failed[trial.hash] = "ended without a result; run the same command again"
+    return bridge.failed
+
+
+def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bridge") -> None:
+    resources = sweep.resources
+    slots = trial_slots(resources)
+    run_id = uuid.uuid4().hex
+    for trial in todo:
+        bridge.attempts[trial.hash] = attempts.claim(store.trial(trial.hash), run_id)
+    jobs = [
+        TrialJob(
+            trial_hash=trial.hash,
+            recipe=_with_absolute_root(trial),
+            store_uri=store.uri,
+            run_id=run_id,
+            workers=resources.workers,
+            cpus_per_worker=resources.cpus_per_worker,
+            gpus_per_worker=resources.gpus_per_worker,
+        )
+        for trial in todo
+    ]
+    # One driver more than can train: it loads while another trains, and waits for its workers.
+    concurrent = slots + 1
+    if resources.max_concurrent is not None and resources.max_concurrent <= slots:
+        concurrent = resources.max_concurrent
+    with tempfile.TemporaryDirectory(prefix="knet-tune-") as scratch:
+        ray.tune.Tuner(
+            ray.tune.with_resources(run_trial, HEAD),
+            param_space={"job": ray.tune.grid_search([asdict(job) for job in jobs])},
+            tune_config=ray.tune.TuneConfig(
+                max_concurrent_trials=concurrent,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=sweep.name,
+                storage_path=scratch,  # nothing is ever restored from Tune's own files
+                failure_config=ray.tune.FailureConfig(max_failures=DRIVER_RESTARTS),
+                callbacks=[bridge],
+                verbose=0,
+            ),
+        ).fit()
+
+
+def _name(trial: TuneTrial) -> str:
+    return str(trial.config["job"]["trial_hash"])
+
+
+def _with_absolute_root(trial: Trial) -> dict[str, Any]:
+    """Return the recipe as workers need it, who run in other folders than this process."""
+    recipe = trial.recipe
+    root = Path(os.environ.get("KNET_DATA", "."), Path(recipe.data.root).expanduser()).absolute()
+    return replace(recipe, data=replace(recipe.data, root=str(root))).to_dict()
+
+
+class _Bridge(ray.tune.Callback):
+    """Hears of every trial from Tune, in this process: the only writer to the tracker."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        todo: Sequence[Trial],
+        store: Store,
+        tracker: Tracker,
+        progress: Progress,
+    ) -> None:
+        self.failed: dict[str, str] = {}
+        """Reasons by trial hash."""
+        self.attempts: dict[str, int] = {}
+        """Attempts begun so far, by trial hash."""
+        self._sweep = sweep
+        self._trials = {trial.hash: trial for trial in todo}
+        self._store = store
+        self._tracker = tracker
+        self._progress = progress
+        self._running: set[str] = set()
+        self._values: dict[str, dict[str, float]] = {trial.hash: {} for trial in todo}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune saves its callbacks for a restoration that never happens."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Any, **info: Any
+    ) -> None:
+        """Take what a driver or the first worker reported."""
+        ours = self._trials[_name(trial)]
+        if "attempt" in result:
+            self._begin(ours, result["attempt"])
+        if "points" in result:
+            self._advance(ours, result)
+        if "retry" in result:
+            self._progress.note(f"{ours.name}  tries again after: {result['retry']}")
+        if result.get("outcome") == "finished":
+            self._end(ours)
+        elif result.get("outcome") == "failed":
+            self._end(ours, result["reason"])
+
+    def on_trial_error(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Record that a driver itself broke, as often as it was started."""
+        ours = self._trials[_name(trial)]
+        error = str(trial.get_error() or "ended without a word")
+        reason = f"driver: {error.strip().splitlines()[-1]}"
+        failure = Failure(
+            kind="DriverError",
+            message=reason,
+            attempt=self.attempts[ours.hash],
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._store.trial(ours.hash).write_failure(failure)
+        self._end(ours, reason)
+
+    def interrupt(self) -> None:
+        """Close the runs of trials that are not finished; they can go on later."""
+        for trial_hash in self._running:
+            self._tracker.finish_trial(trial_hash, "KILLED", "interrupted; the sweep can go on")
+
+    def _begin(self, trial: Trial, attempt: int) -> None:
+        self.attempts[trial.hash] = attempt
+        self._running.add(trial.hash)
+        self._tracker.start_trial(trial, attempt)
+        self._progress.begin(trial, attempt)
+
+    def _advance(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        points = [Evaluation(**point) for point in result["points"]]
+        self._tracker.log_points(trial.hash, points)
+        values = self._values[trial.hash]
+        for point in points:
+            values.update(point.metrics)
+        if "picture" in result:
+            try:
+                png = self._store.trial(trial.hash).read_bytes(result["picture"])
+            except StorageError as error:
+                self._progress.note(f"{trial.name}  picture not shown: {error}")
+            else:
+                self._tracker.log_picture(trial.hash, result["step"], png)
+        if "step" in result:
+            moment = Moment(
+                step=result["step"],
+                total=result["total"],
+                loss=values.get("train/loss"),
+                metric=values.get(self._sweep.metric.name),
+            )
+            self._progress.update(trial, moment)
+
+    def _end(self, trial: Trial, failure: str | None = None) -> None:
+        self._running.discard(trial.hash)
+        if failure is not None:
+            self.failed[trial.hash] = failure
+            self._tracker.finish_trial(trial.hash, "FAILED", failure)
+            self._progress.end(trial, f"failed: {failure}")
+            return
+        self._tracker.finish_trial(trial.hash, "FINISHED")
+        name = self._sweep.metric.name
+        value = self._values[trial.hash].get(name)
+        self._progress.end(
+            trial, "finished" if value is None else f"finished  {show_metric(name, value)}"
+        )
+
+
+def _catch_up(sweep: Sweep, todo: Sequence[Trial], store: Store, tracker: Tracker) -> None:
+    """Tell the tracker what it missed: results of other sweeps, the end of a killed process."""
+    unfinished = {trial.hash for trial in todo}
+    for trial in sweep.trials:
+        status = tracker.status(trial.hash)
+        if trial.hash in unfinished:
+            if status == "RUNNING":
+                tracker.finish_trial(trial.hash, "KILLED", "ended without a word")
+            continue
+        if status == "FINISHED":
+            continue
+        folder = store.trial(trial.hash)
+        result = folder.result()
+        assert result is not None, "a finished trial has a result"
+        last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
+        tracker.start_trial(trial, attempts.count(folder))
+        tracker.log_points(trial.hash, [*result.evaluations, last])
+        tracker.finish_trial(trial.hash, "FINISHED")
+
+
+@contextmanager
+def sweep_lock(name: str, home: Path) -> Iterator[None]:
+    """Keep other processes from running the same sweep; the kernel frees it if this one dies.
+
+    Raises:
+        UsageError: Another process runs it.
+    """
+    folder = home / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"sweep {name}: process {file.read().strip() or 'unknown'} is running it in "
+                f"{home}; wait for it, or end it and run the same command again"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _interruptible(sweep: Sweep, bridge: _Bridge) -> Iterator[Callable[[], None]]:
+    """Close the runs of unfinished trials on SIGINT and SIGTERM; yield what sets the handler.
+
+    SIGTERM becomes KeyboardInterrupt, which nothing on the way takes for a failed trial.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def listen() -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+    before = signal.getsignal(signal.SIGTERM)
+    listen()
+    try:
+        yield listen
+    except KeyboardInterrupt:
+        bridge.interrupt()
+        if signal.SIGTERM not in received:
+            raise
+        raise InterruptedSweepError(
+            f"{sweep.path}: stopped by SIGTERM; the same command continues it"
+        ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

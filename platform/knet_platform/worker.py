@@ -1,0 +1,96 @@
+"""One Ray Train worker: the only file that knows both Ray Train and `knet_core.fit`."""
+
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from knet_core import NonFiniteError, Recipe, Report
+from knet_platform.attempts import verify
+from knet_platform.storage import Store, TrialStore
+
+PICTURES = "pictures"
+FAILURES = "failures"
+
+
+def train_worker(config: dict[str, Any]) -> str:
+    """Train one trial's share, from its newest checkpoint, and return the device's name.
+
+    Args:
+        config: `recipe` (plain values), `store_uri`, `trial_hash` and `run_id`.
+    """
+    import torch
+    from ray.train.torch import get_device
+
+    from knet_core import fit
+
+    store = Store(config["store_uri"]).trial(config["trial_hash"])
+    recipe = Recipe.from_dict(config["recipe"])
+    resumed = ray.train.get_checkpoint()
+    reporter = RayReporter(store, config["run_id"], Path(resumed.path).name if resumed else "")
+    device = get_device()
+    with (
+        tempfile.TemporaryDirectory(prefix="knet-") as folder,
+        resumed.as_directory() if resumed else nullcontext() as start,
+    ):
+        scratch = Path(folder)
+        resume_from = Path(start) if start else None
+        try:
+            fit(
+                recipe,
+                callbacks=[reporter],
+                output_dir=scratch,
+                resume_from=resume_from,
+                device=device,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(_keep_dumps(str(error), scratch, store)) from error
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class RayReporter:
+    """Hands reports to Ray Train: metrics as they are, checkpoints and pictures to the store."""
+
+    def __init__(self, store: TrialStore, run_id: str, resumed_from: str) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._resumed_from = resumed_from
+
+    def on_report(self, report: Report) -> None:
+        """Report on every worker; the first one's metrics and checkpoint count."""
+        first = ray.train.get_context().get_world_rank() == 0
+        metrics: dict[str, Any] = {"step": report.step, "total": report.num_iterations}
+        metrics["points"] = [
+            {"step": point.step, "time": point.time, "metrics": point.metrics}
+            for point in report.points
+        ]
+        if report.evaluation is not None:
+            evaluation = {"step": report.step, "time": time.time(), "metrics": report.evaluation}
+            metrics["points"].append(evaluation)
+        if first:
+            verify(self._store, self._run_id)
+        if report.picture is not None:
+            metrics["picture"] = picture_name(report.step)
+            self._store.write_bytes(metrics["picture"], report.picture)
+        name, checkpoint = None, None
+        # A finished run reports its last checkpoint again. Ray Train must not count it twice:
+        # keeping the newest two, it would then delete the one that counts.
+        if report.checkpoint is not None and report.checkpoint.name != self._resumed_from:
+            name = report.checkpoint.name
+            checkpoint = ray.train.Checkpoint.from_directory(str(report.checkpoint))
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def picture_name(step: int) -> str:
+    """Return where a trial's probe picture of `step` lies below its folder."""
+    return f"{PICTURES}/step_{step:06d}.png"
+
+
+def _keep_dumps(message: str, scratch: Path, store: TrialStore) -> str:
+    """Move what explains a failure from the scratch folder to the store."""
+    for dump in scratch.glob("nonfinite_*.pt"):
+        store.write_bytes(f"{FAILURES}/{dump.name}", dump.read_bytes())
+    return message.replace(str(scratch), f"{store.uri}/{FAILURES}")

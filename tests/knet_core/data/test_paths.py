@@ -1,0 +1,70 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from knet_core.config import DataConfig, ShapesConfig, SplitConfig
+from knet_core.data.paths import data_fingerprint, find_split, resolve_root
+from knet_core.errors import DataError
+
+
+def test_a_relative_root_lies_below_knet_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("KNET_DATA", str(tmp_path))
+    assert resolve_root(DataConfig(root="mine")) == tmp_path / "mine"
+
+
+def test_a_missing_root_names_the_folder_and_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root: no folder at .*absent.*KNET_DATA") as caught:
+        resolve_root(DataConfig(root=str(tmp_path / "absent")))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_annotations_name_every_candidate(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError) as caught:
+        find_split(DataConfig(root=str(tmp_path)), "train")
+    message = str(caught.value)
+    assert "instances_train2017.json, annotations/instances_train.json" in message
+    assert "data.train.annotations" in message
+    assert "\n" not in message
+
+
+def test_the_first_existing_candidate_is_used(tmp_path: Path) -> None:
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").touch()
+    split = SplitConfig(images=("a", "b", "c"), annotations=("a.json", "b.json", "c.json"))
+    found = find_split(DataConfig(root=str(tmp_path), train=split), "train")
+    assert (found.images, found.annotations) == (tmp_path / "b", tmp_path / "b.json")
+
+
+def test_the_fingerprint_follows_annotations_and_nothing_else(
+    coco_folder: Callable[..., DataConfig],
+) -> None:
+    config = coco_folder()
+    before = data_fingerprint(config)
+    assert data_fingerprint(replace(config, num_workers=0, flip=0.5)) == before
+    path = Path(config.root) / "annotations" / "instances_val.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "info": {}}))
+    assert data_fingerprint(config) != before
+
+
+def test_the_fingerprint_of_shapes_is_their_parameters() -> None:
+    one = DataConfig(format="shapes", shapes=ShapesConfig(seed=0))
+    assert data_fingerprint(one) == data_fingerprint(replace(one, root="elsewhere"))
+    assert data_fingerprint(one) != data_fingerprint(replace(one, shapes=ShapesConfig(seed=1)))
+
+
+def test_fingerprints_and_shapes_need_no_torch() -> None:
+    code = (
+        "import sys; from knet_core.data import data_fingerprint, resolve_root, make_shapes; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

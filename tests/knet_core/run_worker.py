@@ -1,0 +1,106 @@
+"""One of two workers over gloo; `test_distributed` starts it and reads what it writes.
+
+Usage: run_worker.py RANK WORLD_SIZE FOLDER, which holds recipe.yaml of the run to repeat.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from knet_core import KNetError, build_dataset, build_model, fit
+from knet_core.checkpoint_state import load_recipe
+from knet_core.data import collate
+from knet_core.distributed import gather_on_zero, mean_over_ranks, on_rank_zero
+from knet_core.trainer import Trainer
+
+
+class Recorder:
+    def __init__(self, stop_at=None):
+        self.reports = []
+        self.stop_at = stop_at
+
+    def on_report(self, report):
+        self.reports.append(report)
+        if report.step == self.stop_at:
+            raise InterruptedError
+
+
+def run(recipe, output_dir, resume_from=None, stop_at=None):
+    """Return what one `fit` told this worker, as plain values."""
+    recorder = Recorder(stop_at)
+    metrics = None
+    with contextlib.suppress(InterruptedError):
+        metrics = fit(
+            recipe, callbacks=[recorder], output_dir=output_dir, resume_from=resume_from
+        ).metrics
+    return {
+        "metrics": metrics,
+        "steps": [report.step for report in recorder.reports],
+        "losses": [p.metrics["train/loss"] for r in recorder.reports for p in r.points],
+        "norms": [p.metrics["train/grad_norm"] for r in recorder.reports for p in r.points],
+        "pictures": [report.picture is not None for report in recorder.reports],
+        "checkpoints": [report.checkpoint is not None for report in recorder.reports],
+    }
+
+
+def nan_on_the_second_worker(recipe, folder, rank):
+    """Return this worker's error when only the second worker's loss is not finite."""
+    dataset = build_dataset(recipe.data, "train", seed=0)
+    batch = collate([dataset.load(rank, epoch=0)])
+    model = build_model(recipe.model, recipe.loss, recipe.eval, num_classes=dataset.num_classes)
+    trainer = Trainer(
+        model.train(), recipe, num_iterations=9, device=torch.device("cpu"), output_dir=folder
+    )
+    if rank == 1:
+        criterion = model.criterion
+        model.criterion = lambda *args: dataclasses.replace(
+            (terms := criterion(*args)), seg=terms.seg * math.nan
+        )
+    return error_of(lambda: trainer.step(0, [batch]))
+
+
+def fails_on_the_first_worker():
+    raise KNetError("no space")
+
+
+def error_of(work):
+    try:
+        work()
+    except KNetError as error:
+        return str(error)
+    return None
+
+
+def main(rank, world_size, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    recipe = load_recipe(folder)
+    accumulating = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, micro_batch=1)
+    )
+    first = folder / "first"
+    results = {
+        "whole": run(recipe, folder / "whole"),
+        "accumulating": run(accumulating, folder / "accumulating"),
+        "interrupted": run(recipe, first, stop_at=2),
+        "resumed": run(recipe, folder / "second", resume_from=first / "checkpoint_2"),
+        "mean": mean_over_ranks(torch.tensor([float(rank), 1.0])).tolist(),
+        "gathered": gather_on_zero({"rank": rank}),
+        "shared": on_rank_zero(lambda: f"from {rank}"),
+        "shared_error": error_of(lambda: on_rank_zero(fails_on_the_first_worker)),
+        "nan": nan_on_the_second_worker(recipe, folder, rank),
+    }
+    (folder / f"result{rank}.json").write_text(json.dumps(results))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

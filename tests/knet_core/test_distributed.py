@@ -1,0 +1,110 @@
+"""Two real worker processes over gloo, against one process with the same global batch.
+
+A worker's mask, dice and seg losses are means over its own micro-batch, and gradients are averaged
+over workers: exactly what one process does that accumulates over the workers' micro-batches. Only
+the class loss differs by design, as it counts objects over all workers; its weight is 0 here.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from knet_core import fit
+from knet_core.checkpoint_state import RECIPE_FILE, dump_recipe
+from knet_core.distributed import gather_on_zero, mean_over_ranks, on_rank_zero, rank, world_size
+
+WORKER = Path(__file__).with_name("run_worker.py")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    return tiny_recipe(iterations=4, eval_every=2, loss={"cls": 0.0})
+
+
+@pytest.fixture
+def workers(recipe, tmp_path):
+    """Run both workers and return what each wrote."""
+    (tmp_path / RECIPE_FILE).write_text(dump_recipe(recipe))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"worker{rank}.log" for rank in range(2)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(WORKER), str(rank), "2", str(tmp_path)]
+            stderr = stack.enter_context(log.open("w"))
+            process = subprocess.Popen(command, env=environment, stderr=stderr)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)  # before it is waited for; a worker may wait for ever
+        codes = [process.wait(timeout=200) for process in processes]
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    return [json.loads((tmp_path / f"result{rank}.json").read_text()) for rank in range(2)]
+
+
+def single(recipe, micro_batch, output_dir):
+    """Return losses, gradient norms, metrics and weights of one process, step by step."""
+
+    class Recorder:
+        points = ()
+
+        def on_report(self, report):
+            self.points = (*self.points, *report.points)
+
+    recorder = Recorder()
+    train = dataclasses.replace(recipe.train, micro_batch=micro_batch)
+    result = fit(
+        dataclasses.replace(recipe, train=train), callbacks=[recorder], output_dir=output_dir
+    )
+    return (
+        [point.metrics["train/loss"] for point in recorder.points],
+        [point.metrics["train/grad_norm"] for point in recorder.points],
+        {name: value for name, value in result.metrics.items() if name.startswith("val/")},
+        load_file(result.checkpoint / "model.safetensors"),
+    )
+
+
+def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
+    for name, micro_batch, tolerance in (("whole", 2, 1e-6), ("accumulating", 1, 1e-4)):
+        losses, norms, scores, weights = single(recipe, micro_batch, tmp_path / "single")
+        for worker in workers:
+            assert worker[name]["losses"] == pytest.approx(losses, rel=tolerance)
+            assert worker[name]["norms"] == pytest.approx(norms, rel=tolerance)
+            found = {key: worker[name]["metrics"][key] for key in scores}
+            assert found == pytest.approx(scores, abs=1e-6)
+        theirs = load_file(tmp_path / name / "checkpoint_4" / "model.safetensors")
+        for key, value in weights.items():
+            torch.testing.assert_close(theirs[key], value, rtol=tolerance, atol=tolerance)
+
+    for worker in workers:
+        assert worker["whole"]["steps"] == [2, 4]
+    assert [worker["whole"]["pictures"] for worker in workers] == [[True] * 2, [False] * 2]
+    assert [worker["whole"]["checkpoints"] for worker in workers] == [[True] * 2, [False] * 2]
+
+    for worker in workers:  # bit for bit
+        assert worker["interrupted"]["losses"] == worker["whole"]["losses"][:2]
+        assert worker["resumed"]["losses"] == worker["whole"]["losses"][2:]
+
+    assert [worker["mean"] for worker in workers] == [[0.5, 1.0]] * 2
+    assert [worker["gathered"] for worker in workers] == [[{"rank": 0}, {"rank": 1}], []]
+    assert [worker["shared"] for worker in workers] == ["from 0"] * 2
+    assert [worker["shared_error"] for worker in workers] == ["no space"] * 2
+
+    assert "the loss of images [2] of another worker is not finite" in workers[0]["nan"]
+    assert "the loss is not finite; the images with ids [2]" in workers[1]["nan"]
+    assert (tmp_path / "nonfinite_step1_rank1.pt").exists()
+
+
+def test_alone_a_process_is_the_first_worker_of_one():
+    assert (rank(), world_size()) == (0, 1)
+    values = torch.ones(2)
+    assert mean_over_ranks(values) is values
+    assert gather_on_zero("mine") == ["mine"]
+    assert on_rank_zero(lambda: 5) == 5

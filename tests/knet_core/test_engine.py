@@ -1,0 +1,197 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from knet_core import CheckpointError, ConfigError, NonFiniteError, fit, load_model
+from knet_core import engine as engine_module
+from knet_core.checkpoint_state import load_recipe, read_state
+
+TIMED = ("sys/images_per_s", "sys/data_wait", "bench/fps")
+
+
+class Recorder:
+    """Keeps reports; at a step, fails like a machine that is switched off."""
+
+    def __init__(self, stop_at=None):
+        self.reports = []
+        self.stop_at = stop_at
+
+    def on_report(self, report):
+        self.reports.append(report)
+        if report.step == self.stop_at:
+            raise InterruptedError
+
+    @property
+    def points(self):
+        return [point for report in self.reports for point in report.points]
+
+
+def reproducible(metrics):
+    return {name: value for name, value in metrics.items() if name not in TIMED}
+
+
+def test_a_run_reports_evaluates_and_saves(tiny_recipe, tmp_path):
+    recipe, recorder = tiny_recipe(iterations=5, eval_every=2), Recorder()
+    result = fit(recipe, callbacks=[recorder], output_dir=tmp_path)
+
+    assert [report.step for report in recorder.reports] == [2, 4, 5]
+    assert [point.step for point in recorder.points] == [1, 2, 3, 4, 5]
+    assert [report.epoch for report in recorder.reports] == [0.8, 1.6, 2.0]  # 4 of 10 images
+    first = recorder.points[0].metrics
+    terms = [value for name, value in first.items() if name.startswith("train/loss/")]
+    assert first["train/loss"] == pytest.approx(sum(terms))
+    assert len(terms) == 1 + 2 + 2 * 3
+    assert first["train/lr"] == pytest.approx(1e-7)
+    assert first["train/grad_norm"] > 0
+    assert first["sys/images_per_s"] > 0
+    assert 0 <= first["sys/data_wait"] <= 1
+
+    last = recorder.reports[-1]
+    assert last.picture is not None
+    assert last.picture.startswith(b"\x89PNG")
+    assert last.checkpoint == result.checkpoint == tmp_path / "checkpoint_5"
+    assert "bench/fps" not in recorder.reports[0].evaluation
+    assert {"val/AP", "bench/fps"} <= set(last.evaluation)
+    assert result.metrics == {
+        **last.evaluation,
+        "train/loss": recorder.points[-1].metrics["train/loss"],
+    }
+    assert [point.step for point in result.evaluations] == [2, 4, 5]
+    assert 0 < result.seconds < 300
+    model = load_model(result.checkpoint)
+    assert result.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    state = read_state(result.checkpoint)
+    assert state.step == 5
+    assert state.metrics == result.metrics
+    assert state.evaluations == result.evaluations
+    assert load_recipe(result.checkpoint) == recipe
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_4", "checkpoint_5"]
+
+
+def test_training_learns(tiny_recipe, tmp_path):
+    recorder = Recorder()
+    recipe = tiny_recipe(iterations=30, log_every=10, optim={"lr": 1e-3, "decay_at": ()})
+    fit(recipe, callbacks=[recorder], output_dir=tmp_path)
+    losses = [p.metrics["train/loss"] for p in recorder.points]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [1, 2, 3, 4, 5, 6]), (math.inf, [4, 6])])
+def test_points_between_evaluations_are_reported_when_due(tiny_recipe, tmp_path, seconds, steps):
+    recorder = Recorder()
+    fit(
+        tiny_recipe(iterations=6, eval_every=4),
+        callbacks=[recorder],
+        output_dir=tmp_path,
+        report_every_seconds=seconds,
+    )
+    assert [report.step for report in recorder.reports] == steps
+    assert [point.step for point in recorder.points] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    tiny_recipe, tmp_path, micro_batch, num_workers
+):
+    """Bit for bit: parameters, optimizer, random numbers, losses and metrics."""
+    recipe = tiny_recipe(
+        iterations=6, eval_every=4, checkpoint_every=3, log_every=2, micro_batch=micro_batch
+    )
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, num_workers=num_workers)
+    )
+    whole = Recorder()
+    expected = fit(recipe, callbacks=[whole], output_dir=tmp_path / "whole")
+
+    torch.rand(7)  # another process would start with other random numbers
+    with pytest.raises(InterruptedError):
+        fit(recipe, callbacks=[Recorder(stop_at=3)], output_dir=tmp_path / "first")
+    rest = Recorder()
+    result = fit(
+        recipe,
+        callbacks=[rest],
+        output_dir=tmp_path / "second",
+        resume_from=tmp_path / "first" / "checkpoint_3",
+    )
+
+    assert reproducible(result.metrics) == reproducible(expected.metrics)
+    assert [p.step for p in result.evaluations] == [p.step for p in expected.evaluations]
+    assert [(p.step, reproducible(p.metrics)) for p in rest.points] == [
+        (p.step, reproducible(p.metrics)) for p in whole.points if p.step > 3
+    ]
+    weights, expected_weights = (
+        load_file(r.checkpoint / "model.safetensors") for r in (result, expected)
+    )
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    states = [
+        torch.load(r.checkpoint / "trainer.pt", weights_only=True) for r in (result, expected)
+    ]
+    torch.testing.assert_close(*(s["optimizer"]["state"] for s in states), rtol=0, atol=0)
+    assert states[0]["random"] == states[1]["random"]
+
+
+def test_the_seed_decides_the_run(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(iterations=2)
+    runs = [
+        fit(dataclasses.replace(recipe, seed=seed), output_dir=tmp_path / str(i))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    losses = [run.metrics["train/loss"] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_finished_run_is_reported_again_without_training(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    done = fit(recipe, output_dir=tmp_path / "done")
+    monkeypatch.setattr(engine_module, "build_model", None)  # would be needed to train
+    recorder = Recorder()
+    again = fit(
+        recipe,
+        callbacks=[recorder],
+        output_dir=tmp_path / "again",
+        resume_from=done.checkpoint,
+    )
+    [report] = recorder.reports
+    assert report.step == report.num_iterations == 4
+    assert report.evaluation == done.evaluations[-1].metrics
+    assert report.checkpoint == again.checkpoint == tmp_path / "again" / "checkpoint_4"
+    assert again.metrics == done.metrics
+    assert again.evaluations == done.evaluations
+    load_model(again.checkpoint)
+
+
+def test_resuming_another_recipe_is_refused(tiny_recipe, tmp_path):
+    done = fit(tiny_recipe(iterations=1), output_dir=tmp_path / "done")
+    with pytest.raises(CheckpointError, match=r"train\.iterations is 1 there, 2 here"):
+        fit(
+            tiny_recipe(iterations=2),
+            output_dir=tmp_path / "again",
+            resume_from=done.checkpoint,
+        )
+
+
+def test_checkpoints_of_an_earlier_attempt_do_not_push_out_new_ones(tiny_recipe, tmp_path):
+    for step in (90, 100):
+        (tmp_path / f"checkpoint_{step}").mkdir()
+    result = fit(tiny_recipe(iterations=3, eval_every=1), output_dir=tmp_path)
+    load_model(result.checkpoint)
+    assert (tmp_path / "checkpoint_2").is_dir()
+    assert not (tmp_path / "checkpoint_1").exists()
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_built(tiny_recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch = 3; set it to a multiple of 3"):
+        fit(tiny_recipe(batch_size=4, micro_batch=3), output_dir=tmp_path)
+
+
+def test_a_run_that_explodes_stops_and_keeps_its_last_checkpoint(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(iterations=50, eval_every=1, optim={"lr": 1e30, "warmup_iterations": 0})
+    with pytest.raises(NonFiniteError, match=r"images with ids \[.*nonfinite_step"):
+        fit(recipe, output_dir=tmp_path)
+    assert list(tmp_path.glob("nonfinite_step*.pt"))

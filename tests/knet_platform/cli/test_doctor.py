@@ -1,0 +1,70 @@
+"""`knet doctor` through the command line."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from knet_platform.cli.main import main
+
+
+def _checks(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, str]]]:
+    code = main(["doctor", "--json"])
+    return code, {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+
+
+def test_a_sound_machine_passes_and_nothing_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    code, checks = _checks(capsys)
+    failed = [check for check in checks.values() if check["status"] == "fail"]
+    assert (code, failed) == (0, [])
+    assert {"python", "packages", "devices", "KNET_HOME", "disk", "tracking"} <= set(checks)
+    assert not home.exists()
+
+
+def test_every_trouble_is_found_at_once_with_its_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: every connection is refused
+        port = taken.getsockname()[1]
+        (tmp_path / "file").write_text("")
+        (tmp_path / "broken.db").write_bytes(b"no database" * 100)
+        for name, value in {
+            "KNET_HOME": str(tmp_path / "file" / "below"),
+            "KNET_DATA": str(tmp_path / "none"),
+            "RAY_ADDRESS": f"http://127.0.0.1:{port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path / "no_token"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/broken.db",
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        code, checks = _checks(capsys)
+    assert code == 2
+    for name in ("KNET_HOME", "KNET_DATA", "RAY_ADDRESS", "RAY_AUTH_MODE", "tracking"):
+        assert checks[name]["status"] == "fail", name
+        assert checks[name]["mend"], name
+
+
+def test_an_unreachable_tracking_server_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        code, checks = _checks(capsys)
+    assert (code, checks["tracking"]["status"]) == (2, "fail")
+
+
+def test_the_lines_for_people_show_the_mend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "warn RAY_AUTH_MODE" in printed
+    assert "-> export RAY_AUTH_MODE=token" in printed

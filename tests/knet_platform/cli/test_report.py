@@ -1,0 +1,84 @@
+"""`knet report` through the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from knet_platform.cli.main import main
+from knet_platform.home import storage_uri
+from knet_platform.planning import load_sweep
+from knet_platform.storage import Store, TrialResult
+
+SWEEP = """\
+# Width of the kernels
+name: width
+base: tiny.yaml
+metric: {name: val/AP, mode: max}
+seeds: [0, 1]
+baseline: "narrow"
+arms:
+  narrow: {}
+  wide: {model.channels: 64}
+"""
+
+
+@pytest.fixture
+def sweep(recipe: Path) -> Path:
+    path = recipe.with_name("width.yaml")
+    path.write_text(SWEEP)
+    for trial in load_sweep(path).trials:
+        if trial.name != "wide/1":
+            result = TrialResult(
+                trial_hash=trial.hash,
+                step=2,
+                metrics={"val/AP": 0.2 + 0.1 * trial.seed, "val/AP50": 0.5},
+                evaluations=(),
+                checkpoint="checkpoint_2",
+                num_parameters=1,
+                seconds=1.0,
+                wall_seconds=2.0,
+                device="cpu",
+                workers=1,
+                finished_at="2026-01-01T00:00:00+00:00",
+            )
+            Store(storage_uri()).trial(trial.hash).write_result(result)
+    return path
+
+
+def test_it_prints_the_table_and_writes_every_file(
+    sweep: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(sweep)]) == 0
+    printed = capsys.readouterr().out
+    assert "narrow (baseline)" in printed
+    assert "wide/1: not started" in printed
+    folder = home / "reports" / "width"
+    assert f"page: {folder / 'index.html'}" in printed
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_json_and_formats_print_nothing_else(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pages"
+    assert main(["report", str(sweep), "--json", "--out", str(out)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["rows"][0]["cells"]["val/AP"]["mean"] == pytest.approx(25.0)
+    for form, name in {"md": "table.md", "latex": "table.tex", "csv": "table.csv"}.items():
+        assert main(["report", str(sweep), "--format", form, "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.replace("\r\n", "\n") == (out / name).read_text()
+
+
+def test_other_settings_are_other_trials(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(sweep), "optim.lr=0.01", "--seeds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [[line["status"] for line in row["trials"]] for row in rows] == [["new"], ["new"]]
+
+
+def test_a_sweep_that_is_not_there_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

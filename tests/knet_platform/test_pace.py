@@ -1,0 +1,65 @@
+import dataclasses
+
+import pytest
+
+from knet_core import DataConfig, ModelConfig, Recipe, TrainConfig
+from knet_platform.pace import Done, estimate, forward_gflop, num_iterations
+from knet_platform.planning import Resources, Trial
+
+RECIPE = Recipe(train=TrainConfig(iterations=100))
+
+
+def trial(arm: str, seed: int, recipe: Recipe = RECIPE) -> Trial:
+    return Trial(sweep="s", arm=arm, seed=seed, overrides={}, recipe=recipe, hash=f"{arm}{seed}")
+
+
+A0, A1 = trial("a", 0), trial("a", 1)
+B0 = trial("b", 0, dataclasses.replace(RECIPE, model=ModelConfig(stages=1)))
+TRIALS = (A0, B0, A1)
+
+
+def test_the_published_model_costs_what_was_counted():
+    assert forward_gflop(Recipe()) == pytest.approx(370, rel=0.03)
+
+
+def test_cost_follows_pixels():
+    half = Recipe(data=DataConfig(short_edge=(400, 400)))
+    assert forward_gflop(half) == pytest.approx(forward_gflop(Recipe()) / 4)
+
+
+def test_without_history_the_arithmetic_speaks_with_a_wide_band():
+    found = estimate(A0, Resources(), {}, TRIALS)
+    assert (found.source, found.band) == ("model", 3.0)
+    faster = estimate(A0, Resources(workers=8, gpus_per_worker=1), {}, TRIALS)
+    assert faster.seconds < found.seconds / 100
+
+
+def test_other_seeds_of_the_same_arm_are_the_best_witness():
+    history = {"a0": Done(step=100, seconds=50.0), "b0": Done(step=100, seconds=5000.0)}
+    found = estimate(A1, Resources(), history, TRIALS)
+    assert found.source == "history"
+    assert found.seconds == pytest.approx(50.0, abs=25.0)
+
+
+def test_other_arms_are_scaled_by_their_arithmetic():
+    history = {"a0": Done(step=100, seconds=500.0)}
+    found = estimate(B0, Resources(), history, TRIALS)
+    assert found.source == "history"
+    assert 450.0 < found.seconds - 20.0 < 500.0
+
+
+def test_a_partial_trial_needs_only_the_rest():
+    history = {"a0": Done(step=75, seconds=75.0)}
+    assert estimate(A0, Resources(), history, TRIALS).seconds == pytest.approx(20.0 + 25.0)
+
+
+def test_epochs_become_iterations_by_counting_images(tmp_path):
+    (tmp_path / "train").mkdir()
+    for index in range(8):
+        (tmp_path / "train" / f"{index}.jpg").touch()
+    data = DataConfig(root=str(tmp_path))
+    recipe = Recipe(data=data, train=TrainConfig(epochs=6, batch_size=4))
+    assert num_iterations(recipe) == 12
+    missing = dataclasses.replace(recipe, data=DataConfig(root=str(tmp_path / "gone")))
+    assert num_iterations(missing) is None
+    assert estimate(trial("c", 0, missing), Resources(), {}, ()).source == "unknown"

@@ -1,0 +1,240 @@
+"""A sweep file in, trials out; or every problem of the file at once."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from knet_core import ConfigError, DataError
+from knet_platform.planning import Paper, Resources, load_sweep
+
+ROOT = Path(__file__).parents[2]
+STAGES = ROOT / "sweeps" / "stages.yaml"
+SHAPES = [f"data={ROOT}/sweeps/data/shapes.yaml"]
+
+GOOD = {
+    "name": "mine",
+    "base": "recipe.yaml",
+    "metric": {"name": "val/AP", "mode": "max"},
+    "seeds": [0, 1],
+    "baseline": "three",
+    "arms": {"one": {"model.stages": 1}, "three": {}},
+}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Return a function that writes a sweep beside a small recipe."""
+    (tmp_path / "recipe.yaml").write_text("data: {format: shapes}\ntrain: {iterations: 10}\n")
+
+    def write(without: str = "", **changes: object) -> Path:
+        values = {key: value for key, value in (GOOD | changes).items() if key != without}
+        path = tmp_path / "sweep.yaml"
+        path.write_text("# A title\n" + yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def problems_of(path: Path, **arguments) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(path, **arguments)
+    return [line.removeprefix(f"{path}: ") for line in caught.value.problems]
+
+
+def test_every_arm_runs_with_every_seed(sweep):
+    loaded = load_sweep(sweep())
+    assert (loaded.name, loaded.title, loaded.baseline) == ("mine", "A title", "three")
+    assert [trial.name for trial in loaded.trials] == ["one/0", "three/0", "one/1", "three/1"]
+    assert [trial.recipe.seed for trial in loaded.trials] == [0, 0, 1, 1]
+    assert [trial.recipe.model.stages for trial in loaded.trials] == [1, 3, 1, 3]
+    assert loaded.trials[0].overrides == {"model.stages": 1}
+    assert len({trial.hash for trial in loaded.trials}) == 4
+    assert all(len(trial.hash) == 16 for trial in loaded.trials)
+
+
+def test_seeds_can_be_counted_instead(sweep):
+    assert load_sweep(sweep(), seeds=3).seeds == (0, 1, 2)
+    assert problems_of(sweep(), seeds=0) == ["command line: --seeds: expected at least 1, got 0"]
+
+
+def test_the_same_run_in_another_sweep_is_the_same_trial(sweep):
+    first = load_sweep(sweep()).trials
+    other = load_sweep(
+        sweep(name="other", baseline="a", arms={"a": {}, "b": {"model.stages": 2}})
+    ).trials
+    assert first[1].hash == other[0].hash
+
+
+@pytest.mark.parametrize("same", ["data.num_workers=5", "train.log_every=1", "data.root=x"])
+def test_what_cannot_change_a_result_does_not_change_the_hash(sweep, same):
+    assert (
+        load_sweep(sweep()).trials[0].hash == load_sweep(sweep(), overrides=[same]).trials[0].hash
+    )
+
+
+@pytest.mark.parametrize("other", ["train.iterations=11", "data.shapes.seed=1", "optim.lr=1"])
+def test_what_can_change_a_result_changes_the_hash(sweep, other):
+    assert (
+        load_sweep(sweep()).trials[0].hash != load_sweep(sweep(), overrides=[other]).trials[0].hash
+    )
+
+
+def test_a_grid_expands_to_named_arms(sweep):
+    loaded = load_sweep(
+        sweep(
+            without="arms",
+            baseline="model.stages=1,model.interaction=true",
+            grid={"model.stages": [1, 2], "model.interaction": [True, False]},
+        )
+    )
+    assert loaded.arms == (
+        "model.stages=1,model.interaction=true",
+        "model.stages=1,model.interaction=false",
+        "model.stages=2,model.interaction=true",
+        "model.stages=2,model.interaction=false",
+    )
+
+
+def test_a_scale_changes_recipe_seeds_and_resources_and_arms_win_over_it(sweep, tmp_path):
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales/tiny.yaml").write_text(
+        "recipe: {model: {stages: 2, channels: 64}}\nseeds: [7]\nresources: {workers: 2}\n"
+    )
+    loaded = load_sweep(sweep(resources={"cpus_per_worker": 2}), scale="tiny")
+    assert [trial.recipe.model.stages for trial in loaded.trials] == [1, 2]
+    assert loaded.trials[0].recipe.model.channels == 64
+    assert loaded.seeds == (7,)
+    assert loaded.resources == Resources(workers=2, cpus_per_worker=2)
+
+
+def test_an_unknown_scale_names_those_that_exist():
+    (found,) = problems_of(STAGES, scale="lapto")
+    assert "which has laptop; did you mean 'laptop'?" in found
+
+
+def test_problems_of_a_scale_file_name_it(sweep, tmp_path):
+    scale = tmp_path / "s.yaml"
+    scale.write_text("recipe: {model.stage: 1}\nseed: [0]\nseeds: []\nresources: {workers: 0}\n")
+    assert [
+        line.removeprefix(f"{scale}: ") for line in problems_of(sweep(), scale=str(scale))
+    ] == [
+        "seed: unknown key; did you mean 'seeds'?",
+        "resources.workers: expected an integer >= 1, got 0",
+        "seeds: expected a list with at least one seed, got []",
+        "model.stage: unknown key; did you mean 'model.stages'?",
+    ]
+
+
+def test_all_problems_of_a_sweep_are_reported_at_once(sweep):
+    path = sweep(
+        basline="three",
+        metric={"name": "val/APP", "mode": "best"},
+        seeds=[0, 0],
+        arms={"one": {"model.stage": 1}, "three": {}, "a/b": {"model.stages": 2}},
+        baseline="tree",
+        paper={"columns": {"val/AP": "AP", "AP": "AP"}, "rows": {"one": [1], "two": [1, 2]}},
+        resources={"gpus": 1, "workers": 1.5},
+    )
+    assert problems_of(path) == [
+        "basline: unknown key; did you mean 'baseline'?",
+        "arms: 'a/b' cannot name a run and a folder; use letters, digits and . _ = , + - "
+        "(not first), at most 120",
+        "baseline: 'tree' is not an arm; arms are one, three, a/b; did you mean 'three'?",
+        "metric.name: unknown metric 'val/APP'; did you mean 'val/AP'?",
+        "metric.mode: expected min or max, got 'best'",
+        "paper.columns: unknown metric 'AP'; did you mean 'val/AP'?",
+        "paper.rows.one: expected 2 values, one per column, got [1]",
+        "paper.rows.two: is not an arm",
+        "resources.gpus: unknown key; expected workers, gpus_per_worker, cpus_per_worker, "
+        "max_concurrent",
+        "resources.workers: expected an integer >= 1, got 1.5",
+        "seeds: seed 0 is listed twice",
+        "arms.one: model.stage: unknown key; did you mean 'model.stages'?",
+    ]
+
+
+def test_an_arm_that_sets_nothing_new_is_refused(sweep):
+    path = sweep(arms={"three": {}, "same": {"model.stages": 3}, "x": {"data.num_workers": 9}})
+    same, other = problems_of(path)
+    assert same.startswith("arms.same: sets nothing that makes it differ from arm 'three'")
+    assert other.startswith("arms.x: sets nothing")
+
+
+def test_two_arms_with_the_same_recipe_are_refused(sweep):
+    path = sweep(arms={"three": {}, "a": {"model.stages": 1}, "b": {"model": {"stages": 1}}})
+    (found,) = problems_of(path)
+    assert found.startswith("arms.b: sets nothing that makes it differ from arm 'a'")
+
+
+def test_an_override_that_makes_arms_equal_is_refused(sweep):
+    (found,) = problems_of(sweep(), overrides=["model.stages=2"])
+    assert "a key=value argument wins over arms" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"budget": {"usd": 3}}, "budget: is part of the format but not implemented yet"),
+        ({"search": {"x": 3}}, "search: is part of the format but not implemented yet"),
+        ({"scheduler": "asha"}, "scheduler: asha is not implemented yet"),
+        ({"scheduler": {"name": "asha"}}, "scheduler: asha is not implemented yet"),
+        ({"scheduler": "pbt"}, "scheduler: expected fifo, got 'pbt'"),
+        ({"seeds": []}, "seeds: expected a list with at least one seed"),
+        ({"seeds": ["a"]}, "seeds: expected integers >= 0, got 'a'"),
+        ({"base": "gone.yaml"}, "gone.yaml: cannot read the file"),
+        ({"metric": {"name": "val/AP", "mode": "min"}}, "metric.mode: got min, expected max"),
+        ({"arms": {"three": {"seed": 3}, "one": {"model.stages": 1}}}, "a sweep runs every arm"),
+        ({"arms": {}}, "arms: expected keys below it"),
+        ({"grid": {"model.stages": 1}}, "grid.model.stages: expected a list of values, got 1"),
+        ({"resources": {"workers": 3}}, "16 images cannot be shared equally"),
+        ({"paper": {"rows": {}}}, "paper.columns: expected {metric: title}"),
+    ],
+)
+def test_each_mistake_has_its_line(sweep, changes, expected):
+    assert any(expected in line for line in problems_of(sweep(**changes)))
+
+
+def test_fifo_is_accepted(sweep):
+    assert load_sweep(sweep(scheduler="fifo")).trials == load_sweep(sweep()).trials
+
+
+def test_a_range_problem_names_the_arm(sweep):
+    found = problems_of(sweep(arms={"three": {}, "one": {"model.stages": 0}}))
+    assert len(found) == 1
+    assert found[0].startswith("arms.one: model.stages: must be >= 1")
+
+
+def test_missing_data_is_a_data_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("KNET_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"data\.root: no folder"):
+        load_sweep(STAGES)
+
+
+def test_stages_is_the_papers_table_4c():
+    loaded = load_sweep(STAGES, overrides=SHAPES)
+    assert loaded.title == "Rounds of kernel update (K-Net, Table 4c)"
+    assert loaded.arms == ("1", "2", "3", "4", "5")
+    assert [trial.recipe.model.stages for trial in loaded.trials] == [1, 2, 3, 4, 5]
+    assert isinstance(loaded.paper, Paper)
+    assert loaded.paper.rows["3"] == (34.1, 55.3, 35.7, 21.2)
+    assert list(loaded.paper.columns.values()) == ["AP", "AP50", "AP75", "FPS"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("scale", [None, "laptop"])
+def test_every_shipped_sweep_loads_and_can_be_executed(path, scale):
+    assert load_sweep(path, scale=scale, overrides=SHAPES).trials
+    assert path.read_text().startswith("#!/usr/bin/env -S knet run\n")
+    assert os.access(path, os.X_OK)
+
+
+def test_git_keeps_sweeps_executable():
+    listed = subprocess.run(
+        ["git", "ls-files", "--stage", "sweeps/*.yaml"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    top = [line for line in listed if line.partition("\t")[2].count("/") == 1]
+    assert all(line.startswith("100755") for line in top)

@@ -1,0 +1,165 @@
+"""One seam over local paths and S3; the S3 server is a real one (moto) on a free port."""
+
+import errno
+import json
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from knet_core import DiskFullError
+from knet_platform.errors import StorageError
+from knet_platform.storage import Evaluation, Failure, Store, TrialResult
+
+RESULT = TrialResult(
+    trial_hash="ab",
+    step=300,
+    metrics={"val/AP": 0.31},
+    evaluations=(Evaluation(step=150, time=1.5, metrics={"val/AP": 0.2}),),
+    checkpoint="checkpoint_300",
+    num_parameters=12,
+    seconds=60.0,
+    wall_seconds=75.0,
+    device="cpu",
+    workers=2,
+    finished_at="2026-01-01T00:00:00+00:00",
+)
+FAILURE = Failure(kind="DataError", message="no image", attempt=1, at="2026-01-01T00:00:00+00:00")
+FILES = ("model.safetensors", "trainer.pt", "state.json", "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def s3_uri():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="knet-test")
+        yield "s3://knet-test/some/prefix"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return Store(str(tmp_path / "storage"))
+    return Store(f"{request.getfixturevalue('s3_uri')}/{tmp_path.name}")
+
+
+def add_checkpoint(trial, step: int, files=FILES) -> None:
+    state = {
+        "format": 1,
+        "step": step,
+        "epoch": 1.0,
+        "categories": [{"id": 1, "name": "disc"}],
+        "metrics": {"val/AP": 0.2},
+        "evaluations": [{"step": step, "time": 1.5, "metrics": {"val/AP": 0.2}}],
+        "seconds": 12.5,
+        "num_parameters": 3,
+    }
+    for name in files:
+        content = json.dumps(state) if name == "state.json" else "{}"
+        trial.write_bytes(f"checkpoint_{step}/{name}", content.encode())
+
+
+def test_a_trial_goes_from_new_over_partial_and_failed_to_finished(store):
+    trial = store.trial("ab")
+    assert (trial.status(), trial.result(), trial.failure()) == ("new", None, None)
+    add_checkpoint(trial, 5)
+    assert trial.status() == "partial"
+    trial.write_failure(FAILURE)
+    assert (trial.status(), trial.failure()) == ("failed", FAILURE)
+    trial.clear_failure()
+    trial.clear_failure()
+    assert trial.status() == "partial"
+    trial.write_failure(FAILURE)
+    trial.write_result(RESULT)
+    assert (trial.status(), trial.result(), trial.failure()) == ("finished", RESULT, None)
+    assert store.trial("cd").status() == "new"
+
+
+def test_the_newest_complete_checkpoint_is_found_by_number(store):
+    trial = store.trial("ab")
+    assert trial.latest_checkpoint() is None
+    assert trial.state() is None
+    for step in (5, 100, 20):
+        add_checkpoint(trial, step)
+    add_checkpoint(trial, 200, files=FILES[:2])
+    assert trial.latest_checkpoint() == "checkpoint_100"
+    state = trial.state()
+    assert (state.step, state.seconds) == (100, 12.5)
+
+
+def test_files_are_listed_and_read_back(store):
+    trial = store.trial("ab")
+    assert trial.list("pictures") == []
+    for step in (2, 1):
+        trial.write_bytes(f"pictures/step_{step}.png", b"png")
+    trial.write_bytes("pictures/step_1.png", b"newer")
+    assert trial.list("pictures") == ["step_1.png", "step_2.png"]
+    assert trial.read_bytes("pictures/step_1.png") == b"newer"
+    assert trial.uri == f"{store.uri}/trials/ab"
+
+
+def test_a_missing_file_is_one_line(store):
+    with pytest.raises(StorageError, match="cannot read") as caught:
+        store.trial("ab").read_bytes("gone")
+    assert "\n" not in str(caught.value)
+
+
+def test_looking_creates_nothing(tmp_path):
+    trial = Store(str(tmp_path / "storage")).trial("ab")
+    assert (trial.status(), trial.result(), trial.list()) == ("new", None, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    trial = Store(str(tmp_path)).trial("ab")
+    trial.write_result(RESULT)
+
+    class Full:
+        def __init__(self, path: str) -> None:
+            self.path = Path(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data: bytes) -> None:
+            self.path.write_bytes(data[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FullDisk(type(trial._filesystem)):
+        def open_output_stream(self, path, **_):
+            return Full(path)
+
+    trial._filesystem = FullDisk()
+    with pytest.raises(DiskFullError, match="no space left"):
+        trial.write_bytes("result.json", b"a longer text")
+    assert [path.name for path in (tmp_path / "trials/ab").iterdir()] == ["result.json"]
+    assert trial.result() == RESULT
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    trial = Store(str(tmp_path)).trial("ab")
+    trial.write_bytes("result.json", b"{")
+    with pytest.raises(StorageError, match=r"result\.json: not valid JSON"):
+        trial.result()
+
+
+def test_results_are_plain_json(tmp_path):
+    trial = Store(str(tmp_path)).trial("ab")
+    trial.write_result(RESULT)
+    assert json.loads(trial.read_bytes("result.json"))["metrics"] == {"val/AP": 0.31}
+
+
+def test_other_stores_are_refused():
+    with pytest.raises(StorageError, match="expected a local path or s3://"):
+        Store("gs://bucket")
