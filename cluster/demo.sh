@@ -15,7 +15,7 @@ export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
 
 if [ ! -d "$KNET_DATA/shapes" ]; then
-  knet data make-shapes "$KNET_DATA/shapes" --train 512 --val 64 --size 96 --seed 0
+  knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0
 fi
 
 read -r dashboard agent client < <(python - <<'PY'
@@ -32,6 +32,8 @@ session="$(mktemp -d "${TMPDIR:-/tmp}/knet-XXXXXX")"
 
 stop_head() {
   status=$?
+  # A job lives in a session of its own: left alone, it would outlive its head.
+  if [ "$status" -ne 0 ]; then ray job stop "$job" >/dev/null 2>&1 || true; fi
   kill -KILL -- "-$head" 2>/dev/null || true
   wait "$head" 2>/dev/null || true
   if [ "$status" -eq 0 ]; then rm -rf "$session"; else echo "Ray's logs: $session" >&2; fi
@@ -40,7 +42,9 @@ setsid ray start --head --block --num-cpus "${KNET_DEMO_CPUS:-2}" --node-ip-addr
   --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port "$agent" \
   --ray-client-server-port "$client" --temp-dir "$session" >"$session/head.log" 2>&1 &
 head=$!
+job="demo-$$"
 trap stop_head EXIT
+trap 'exit 130' INT TERM
 
 echo "Starting a Ray head on this machine (loopback, token authentication) ..."
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
@@ -48,4 +52,4 @@ until ray job list >/dev/null 2>&1; do
   kill -0 "$head" 2>/dev/null || { cat "$session/head.log" >&2; exit 1; }
 done
 
-ray job submit --log-style record --working-dir . -- sweeps/stages.yaml --scale laptop "$@"
+ray job submit --log-style record --submission-id "$job" --working-dir . -- sweeps/stages.yaml --scale laptop "$@"

@@ -25,6 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         [group for group in groups if group["params"]],
         betas=config.betas,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over all parameters; a tenth of a small model's step otherwise
     )
 
 

@@ -1,9 +1,16 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before anything imports Ray, which reads them once.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less per trial
 
 _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -15,3 +22,26 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real test data at {folder}; set KNET_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster on this machine, connected to; gives its dashboard's address."""
+    from knet_platform.cluster import prepare_environment
+
+    prepare_environment()
+    # A job's command finds its python there, as on a cluster made from an image.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=True,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 2**20,
+    )
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()

@@ -16,6 +16,8 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Said on small machines about every trial, whose processes are many and mostly idle.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
     # Ray Train looks at its workers this often (seconds; default 2): a trial of a minute should
     # not wait for that.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -26,6 +28,8 @@ SETTINGS = {
     # `tuner` handles signals itself.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+MOST_LISTED = 10_000
+"""Ray lists no more entries than this at once."""
 HEAD = {"node:__internal_head__": 0.001}
 """Drivers run on the head, which outlives spot nodes, and take nothing that workers need."""
 
@@ -66,7 +70,8 @@ def connected() -> Iterator[None]:
         # Ray cleans up behind stopped trials only where its dashboard runs.
         ray.init(address="local", include_dashboard=True, **quiet)
     try:
-        _release_leftovers()
+        if address:
+            _release_leftovers()
         yield
     finally:
         ray.shutdown()
@@ -97,12 +102,15 @@ def _release_leftovers() -> None:
     Ray frees a dead process's reservations when it dies, and misses those that its actors asked
     for at that very moment: they would keep every later trial waiting for ever.
     """
+    import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
     from ray.util.state import list_jobs, list_placement_groups
 
-    running = {job.job_id for job in list_jobs(filters=[("status", "=", "RUNNING")], limit=10_000)}
-    for group in list_placement_groups(detail=True, limit=10_000):
+    address = ray.get_runtime_context().gcs_address  # else Ray guesses, of several on a machine
+    jobs = list_jobs(address=address, filters=[("status", "=", "RUNNING")], limit=MOST_LISTED)
+    running = {job.job_id for job in jobs}
+    for group in list_placement_groups(address=address, detail=True, limit=MOST_LISTED):
         abandoned = group.creator_job_id not in running and not group.is_detached
         if abandoned and group.state != "REMOVED":
             remove_placement_group(

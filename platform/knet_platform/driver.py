@@ -93,7 +93,10 @@ def _fit(job: TrialJob, store: TrialStore) -> str:
             name=job.trial_hash,
             storage_path=store.uri.rpartition("/")[0],
             # Retries are decided above: Ray Train cannot tell a broken image from a broken node.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
         ),

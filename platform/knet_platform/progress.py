@@ -80,7 +80,7 @@ class PlainProgress:
     def update(self, trial: Trial, moment: Moment) -> None:
         """Print how far it is."""
         values = _values(self._sweep, moment)
-        self.note(f"{trial.name}  step {moment.step}/{moment.total}  {values}")
+        self.note(f"{trial.name}  step {moment.step}/{moment.total}  {values}".rstrip())
 
     def end(self, trial: Trial, outcome: str) -> None:
         """Print how it ended."""

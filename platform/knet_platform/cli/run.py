@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from knet_platform.tracking.mlflow import MLflowTracker
     from knet_platform.tuner import run_sweep
 
-    with open_progress(sweep, finished) as progress:
+    # Ray prints its warnings on stdout, which is for results.
+    with redirect_stdout(sys.stderr), open_progress(sweep, finished) as progress:
         tracker = BackgroundTracker(
             MLflowTracker(tracking_uri(), artifacts=home / "mlartifacts"),
             warn=lambda problem: progress.note(f"tracking: {problem} (training goes on)"),

@@ -8,8 +8,6 @@ import io
 import json
 import logging
 import os
-import subprocess
-import sys
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from knet_platform.errors import TrackingError
 from knet_platform.planning import Sweep, Trial
+from knet_platform.provenance import git_sha
 from knet_platform.tracking.protocol import PointLike, RejectedError, Status
 
 LOCAL_PAGES = "http://127.0.0.1:5000"
@@ -62,7 +61,7 @@ class MLflowTracker:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._client = MlflowClient(self._uri)
             self._sweep = sweep
-            self._git_sha = _git_sha()
+            self._git_sha = git_sha()
             self._experiment = self._find_experiment(sweep.name)
             run = self._find(f"attributes.run_name = '{sweep.name}'")
             if run is None:
@@ -191,12 +190,17 @@ class MLflowTracker:
             refused = 400 <= code < 500
             kind = RejectedError if refused else TrackingError
             raise kind(_line(where, error)) from error
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OSError, ImportError) as error:
             raise TrackingError(_line(where, error)) from error
 
 
-def _line(where: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _line(where: str, error: BaseException) -> str:
+    inner = error
+    while inner.__cause__ or inner.__context__:
+        inner = inner.__cause__ or inner.__context__ or inner
+    # What went wrong with a connection is said best, and without passwords, by the innermost.
+    said = inner if isinstance(inner, OSError) else error
+    reason = (str(said).splitlines() or [type(said).__name__])[0]
     return (
         f"MLFLOW_TRACKING_URI: {where}: {reason}; expected MLflow's store: start its server, "
         f"or unset MLFLOW_TRACKING_URI to use a file"
@@ -220,17 +224,3 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _without_password(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
-
-
-def _git_sha() -> str:
-    """Return the commit of this code; a job's unpacked copy is told by `KNET_GIT_SHA`."""
-    stated = os.environ.get("KNET_GIT_SHA")
-    if stated:
-        return stated
-    folder = Path(sys.modules["knet_platform"].__file__ or ".").parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "unknown"

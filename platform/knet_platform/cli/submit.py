@@ -1,0 +1,160 @@
+"""`knet submit`: run a sweep as a job of a Ray cluster, follow its log, end as it ends."""
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import knet_core
+import knet_platform
+from knet_core import DataError
+from knet_platform.cli import run as run_verb
+from knet_platform.cluster import prepare_environment
+from knet_platform.errors import UsageError
+from knet_platform.home import knet_home, storage_uri
+from knet_platform.planning import load_sweep
+from knet_platform.provenance import git_sha
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+EXAMPLES = """\
+examples:
+  knet submit sweeps/stages.yaml --scale laptop
+  RAY_ADDRESS=http://10.0.0.5:8265 RAY_AUTH_MODE=token knet submit sweeps/stages.yaml
+
+From the project's folder. The job gets KNET_HOME, KNET_DATA, KNET_STORAGE and
+MLFLOW_TRACKING_URI as they are here, so name folders as the cluster sees them; credentials stay
+here, the cluster has its own. Submitting the same again continues an interrupted sweep."""
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+EXCLUDED = (".git", ".venv", ".knet", "/data", "/demo", "/dist", "__pycache__", ".*_cache")
+"""What a job has no use for, as in .gitignore, which Ray heeds as well."""
+POLL_SECONDS = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments: those of `knet run`."""
+    run_verb.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit, follow, and return the job's exit code."""
+    sweep = _inside(args.sweep)
+    # What is wrong with the sweep is better said here and now than in a job's log.
+    with suppress(DataError):  # the data may lie where only the cluster sees it
+        load_sweep(sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
+    prepare_environment()
+    client = _client()
+    try:
+        job = client.submit_job(entrypoint=_entrypoint(sweep, args), runtime_env=runtime_env())
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"{Path.cwd()}: the cluster refused the job ({_first_line(error)}); with it goes this "
+            f"folder, without what .gitignore names, of at most 100 MiB"
+        ) from error
+    print(f"job {job}", file=sys.stderr)
+    try:
+        asyncio.run(_follow(client, job))
+        return _exit_code(client, job)
+    except KeyboardInterrupt:
+        print(
+            f"job {job} goes on; ray job logs -f {job} follows it, ray job stop {job} ends it",
+            file=sys.stderr,
+        )
+        raise
+
+
+def runtime_env() -> dict[str, Any]:
+    """Return what the job needs of this folder: its files, our packages, where state is kept."""
+    here = Path.cwd()
+    settings = {
+        "KNET_HOME": str(knet_home()),
+        "KNET_DATA": str(Path(os.environ.get("KNET_DATA", here)).absolute()),
+        "KNET_GIT_SHA": git_sha(),
+    }
+    for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI"):
+        if value := os.environ.get(name):
+            settings[name] = value
+    packages = [Path(str(package.__file__)).parent for package in (knet_core, knet_platform)]
+    environment: dict[str, Any] = {
+        "working_dir": str(here),
+        "excludes": [*EXCLUDED, *_state_folders(here)],
+        "env_vars": settings,
+    }
+    # The working folder alone does not make `platform/knet_platform` importable. An installed
+    # wheel is taken to be installed on the cluster, too.
+    if all(package.is_relative_to(here) for package in packages):
+        environment["py_modules"] = [str(package) for package in packages]
+    return environment
+
+
+def _state_folders(here: Path) -> list[str]:
+    """Return the folders of state and data below `here`; the job uses them where they are."""
+    folders = [knet_home(), Path(storage_uri()), Path(os.environ.get("KNET_DATA", here))]
+    below = [folder.absolute() for folder in folders if folder.absolute().is_relative_to(here)]
+    return [f"/{folder.relative_to(here)}" for folder in below if folder != here]
+
+
+def _inside(sweep: Path) -> Path:
+    path = sweep.absolute()
+    if not path.is_relative_to(Path.cwd()):
+        raise UsageError(
+            f"{sweep}: not below {Path.cwd()}, which is what a job takes along; "
+            f"submit from the project's folder"
+        )
+    return path.relative_to(Path.cwd())
+
+
+def _entrypoint(sweep: Path, args: argparse.Namespace) -> str:
+    words = ["python", "-m", "knet_platform.cli.main", "run", str(sweep), *args.overrides]
+    if args.scale is not None:
+        words += ["--scale", args.scale]
+    if args.seeds is not None:
+        words += ["--seeds", str(args.seeds)]
+    if args.json:
+        words.append("--json")
+    return shlex.join(words)
+
+
+def _client() -> "JobSubmissionClient":
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard_sdk", "job.sdk"):  # they set a level of their own
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    address = address or DEFAULT_ADDRESS
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"RAY_ADDRESS: cannot submit to {address} ({_first_line(error)}); expected the http "
+            f"address of a cluster's dashboard, with the same RAY_AUTH_MODE "
+            f"({os.environ.get('RAY_AUTH_MODE')}); start one: ray start --head"
+        ) from error
+
+
+async def _follow(client: "JobSubmissionClient", job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
+
+
+def _exit_code(client: "JobSubmissionClient", job: str) -> int:
+    """Wait for the job's end, which may come after the end of its log."""
+    while not (info := client.get_job_info(job)).status.is_terminal():
+        time.sleep(POLL_SECONDS)
+    code = info.driver_exit_code
+    if code is None:
+        print(f"job {job}: {info.message or info.status}", file=sys.stderr)
+        return 1
+    return code if code >= 0 else 128 - code
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,74 @@
+"""`knet run` refuses early, in one line, before any Ray is started."""
+
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from knet_platform.cli.main import main
+
+SWEEP = """\
+name: tiny
+base: tiny.yaml
+metric: {name: val/AP, mode: max}
+baseline: "1"
+arms: {"1": {}}
+"""
+
+
+@pytest.fixture
+def sweep(recipe: Path) -> Path:
+    path = recipe.parent / "sweep.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    """Return the exit code and the one line."""
+    code = main(["run", *argv])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return code, line
+
+
+def test_an_unreachable_tracking_server_is_refused(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, line = refused(capsys, str(sweep))
+    assert code == 2
+    assert line.startswith("error: MLFLOW_TRACKING_URI: http://127.0.0.1:9: ")
+
+
+def test_a_full_disk_is_refused(
+    sweep: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 2**20)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    code, line = refused(capsys, str(sweep))
+    assert code == 1
+    assert "0.00 GiB free, expected at least 1" in line
+    assert not home.exists()
+
+
+def test_a_dashboards_address_is_refused(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    code, line = refused(capsys, str(sweep))
+    assert code == 2
+    assert "use `knet submit`" in line
+
+
+def test_importing_the_verb_loads_no_ray_torch_or_mlflow() -> None:
+    code = (
+        "import sys, knet_platform.cli.run, knet_platform.cli.submit;"
+        "print(sorted({'ray', 'torch', 'mlflow'} & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,197 @@
+"""A whole sweep on a real cluster: real workers, a real MLflow store, one broken arm."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from knet_core import load_model
+from knet_platform.cli.main import main
+from knet_platform.errors import CapacityError, UsageError
+from knet_platform.planning import Sweep, load_sweep
+from knet_platform.progress import PlainProgress
+from knet_platform.storage import Store
+from knet_platform.tracking import MemoryTracker
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RECIPE = """\
+data:
+  format: shapes
+  shapes: {num_train: 8, num_val: 4, size: 64}
+  short_edge: [64, 64]
+  long_edge: 64
+  num_workers: 0
+model:
+  backbone: {name: resnet10t, pretrained: false, frozen_stages: 0, norm_eval: false}
+  channels: 32
+  num_kernels: 8
+  num_heads: 4
+  ffn_channels: 64
+train: {iterations: 6, batch_size: 4, log_every: 1, eval_every: 3}
+eval: {batch_size: 4, fps_iterations: 2, probe_images: 1}
+"""
+SWEEP = """\
+# Rounds of kernel update
+name: tiny
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+baseline: "2"
+arms:
+  "1": {model.stages: 1}
+  "2": {model.stages: 2}
+resources: {workers: 2}
+"""
+BROKEN_ARM = "  broken: {model.backbone.checkpoint: nowhere.safetensors}\n"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A sweep that was run once."""
+
+    folder: Path
+    sweep: Sweep
+    code: int
+    outcome: dict[str, object]
+    cluster: str
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def store(self) -> Store:
+        return Store(str(self.home / "storage"))
+
+    def runs(self) -> dict[str, Run]:
+        """MLflow runs by name; fails if a name occurs twice."""
+        client = MlflowClient(f"sqlite:///{self.home}/mlflow.db")
+        experiment = client.get_experiment_by_name("tiny")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        named = {run.info.run_name: run for run in runs}
+        assert len(named) == len(runs)
+        return named
+
+
+@pytest.fixture(scope="module")
+def done(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "tiny.yaml").write_text(SWEEP)
+    (folder / "broken.yaml").write_text(SWEEP.replace("resources:", BROKEN_ARM + "resources:"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KNET_HOME", str(folder / "home"))
+        for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        with redirect_stdout(io.StringIO()) as output:
+            code = main(["run", str(folder / "broken.yaml"), "--json"])
+        outcome = json.loads(output.getvalue())
+        sweep = load_sweep(folder / "tiny.yaml")
+        yield Done(folder=folder, sweep=sweep, code=code, outcome=outcome, cluster=ray_cluster)
+
+
+def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:
+    assert done.code == 3
+    assert [trial["arm"] for trial in done.outcome["finished"]] == ["1", "2"]
+    (failed,) = done.outcome["failed"]
+    assert failed["arm"] == "broken"
+    assert "nowhere.safetensors" in failed["reason"]
+    failure = done.store.trial(failed["hash"]).failure()
+    assert failure is not None
+    assert failure.message == failed["reason"]
+    assert failure.attempt == 1  # what explains itself is not tried again
+    run = done.runs()["broken/0"]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["status_reason"] == failed["reason"]
+
+
+def test_every_finished_trial_has_one_finished_run_with_its_curves(done: Done) -> None:
+    runs = done.runs()
+    assert set(runs) == {"tiny", "1/0", "2/0", "broken/0"}
+    for trial in done.sweep.trials:
+        run = runs[trial.name]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["trial_hash"] == trial.hash
+        assert run.data.tags["attempt"] == "1"
+        client = MlflowClient(f"sqlite:///{done.home}/mlflow.db")
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [item.step for item in history] == [1, 2, 3, 4, 5, 6]
+        assert history[-1].value < history[0].value
+        steps = [item.step for item in client.get_metric_history(run.info.run_id, "val/AP")]
+        assert steps == [3, 6]
+        assert {"bench/fps", "sys/gpu_hours"} <= set(run.data.metrics)
+
+
+def test_results_checkpoints_and_pictures_are_in_the_store(done: Done) -> None:
+    for trial in done.sweep.trials:
+        store = done.store.trial(trial.hash)
+        result = store.result()
+        assert result is not None
+        assert (result.step, result.workers, result.device) == (6, 2, "cpu")
+        assert [point.step for point in result.evaluations] == [3, 6]
+        model = load_model(done.home / "storage" / "trials" / trial.hash / result.checkpoint)
+        assert model.num_classes == 6
+        assert store.list("pictures") == ["step_000003.png", "step_000006.png"]
+    assert (done.home / "reports" / "tiny" / "table.md").is_file()
+
+
+def test_a_finished_sweep_is_not_run_again(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {trial.hash: done.store.trial(trial.hash).result() for trial in done.sweep.trials}
+    assert main(["run", str(done.folder / "tiny.yaml")]) == 0
+    captured = capsys.readouterr()
+    assert "starting" not in captured.err
+    assert "2 (baseline)" in captured.out
+    assert "knet ui" in captured.out
+    after = {trial.hash: done.store.trial(trial.hash).result() for trial in done.sweep.trials}
+    assert before == after
+    assert set(done.runs()) == {"tiny", "1/0", "2/0", "broken/0"}
+
+
+def test_a_lost_tracking_store_is_brought_up_to_date(done: Done) -> None:
+    from knet_platform.tuner import run_sweep
+
+    tracker = MemoryTracker()
+    progress = PlainProgress(done.sweep, finished=2)
+    run_sweep(done.sweep, done.store, tracker, progress, home=done.home)
+    for trial in done.sweep.trials:
+        assert tracker.status(trial.hash) == "FINISHED"
+        assert set(tracker.runs[trial.hash].curves["val/AP"]) == {3, 6}
+
+
+def test_submit_runs_the_sweep_as_a_job_and_ends_as_it_ends(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(done.folder)
+    monkeypatch.setenv("RAY_ADDRESS", done.cluster)
+    assert main(["submit", "tiny.yaml"]) == 0
+    assert "2 (baseline)" in capsys.readouterr().out
+
+
+def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:
+    from knet_platform.cluster import trial_slots
+
+    resources = done.sweep.resources
+    assert trial_slots(resources) == 2
+    with pytest.raises(CapacityError, match=r"needs 2 workers of 1 CPU \+ 1 GPU.*4 CPU"):
+        trial_slots(type(resources)(workers=2, gpus_per_worker=1))
+
+
+def test_a_second_run_of_the_same_sweep_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    from knet_platform.tuner import sweep_lock
+
+    with (
+        sweep_lock("tiny", tmp_path),
+        pytest.raises(UsageError, match=f"process {os.getpid()}"),
+        sweep_lock("tiny", tmp_path),
+    ):
+        pass
+    with sweep_lock("other", tmp_path), sweep_lock("tiny", tmp_path):
+        pass
