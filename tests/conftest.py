@@ -12,6 +12,9 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less per trial
 
+# Workers of the Ray tests share few cores with the tests themselves; read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
@@ -33,15 +36,21 @@ def ray_cluster() -> Iterator[str]:
     # A job's command finds its python there, as on a cluster made from an image.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import ray
+    from ray.cluster_utils import Cluster
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=True,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=200 * 2**20,
+    # `ray.init` alone would take fixed ports, which another cluster on the machine may have.
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "num_gpus": 0,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,
+            "object_store_memory": 200 * 2**20,
+        },
     )
+    context = ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
+    cluster.shutdown()

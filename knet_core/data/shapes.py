@@ -1,7 +1,7 @@
 """The synthetic set: textured shapes over drawn landscapes, rendered from a seed. No torch.
 
-Every class has a colour of its own, which one object in ten does not wear: a short training learns
-much from colour, a longer one has to learn form. Texture says nothing. Objects hide each other,
+Every class has a colour of its own, which one object in thirty does not wear: a short training
+learns much from colour, a longer one learns form. Texture says nothing. Objects hide each other,
 vary in size by a factor of 1.9, and gather in crowds. What is visible of an object is its mask.
 """
 
@@ -25,13 +25,13 @@ STUFF = ("sky", "field", "sand", "water")
 THING_CATEGORIES = tuple(Category(i + 1, name) for i, name in enumerate(THINGS))
 STUFF_CATEGORIES = tuple(Category(len(THINGS) + i + 1, name) for i, name in enumerate(STUFF))
 
-_RADIUS = (0.17, 0.32)
+_RADIUS = (0.18, 0.32)
 """Range of an object's radius, as a fraction of the image's side; drawn uniformly in its log."""
-_LEAST_VISIBLE = 0.45
+_LEAST_VISIBLE = 0.55
 """Every object keeps at least this fraction of itself inside the image and uncovered."""
-_COUNTS = (0.2, 0.28, 0.26, 0.16, 0.1)
+_COUNTS = (0.26, 0.3, 0.24, 0.13, 0.07)
 """Probabilities of 1, 2, ... objects."""
-_ODD_COLOUR = 0.1
+_ODD_COLOUR = 0.03
 """Probability that an object wears any colour instead of its class's."""
 _HUE_SPREAD = 0.02
 """Standard deviation of the hue within a class, as a fraction of the colour circle."""

@@ -48,6 +48,21 @@ def prepare_environment() -> None:
         os.environ["RAY_AUTH_MODE"] = "token" if known or not connects else "disabled"
 
 
+def ray_address() -> str | None:
+    """Return the cluster to connect to; None for one started here.
+
+    Raises:
+        UsageError: `RAY_ADDRESS` is that of a dashboard.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise UsageError(
+            f"RAY_ADDRESS: {address} takes jobs, not connections; use `knet submit`, or unset "
+            f"RAY_ADDRESS to start Ray here"
+        )
+    return address
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """Use the cluster of `RAY_ADDRESS` (set inside every Ray job), else one started here.
@@ -59,10 +74,10 @@ def connected() -> Iterator[None]:
     """
     import ray
 
+    address = ray_address()
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         _connect(address, quiet)
@@ -80,11 +95,6 @@ def connected() -> Iterator[None]:
 def _connect(address: str, quiet: Mapping[str, Any]) -> None:
     import ray
 
-    if address.startswith(("http://", "https://")):
-        raise UsageError(
-            f"RAY_ADDRESS: {address} takes jobs, not connections; use `knet submit`, or unset "
-            f"RAY_ADDRESS to start Ray here"
-        )
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:

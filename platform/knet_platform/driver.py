@@ -131,12 +131,17 @@ def _step(store: TrialStore) -> int:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the worker's own error, preferring one that explains itself."""
+    """Return the worker's error that explains the others."""
     if not isinstance(error, ray.train.WorkerGroupError):
         return getattr(error, "controller_failure", error)
-    # Ray wraps what a worker raised, to keep its traceback.
-    causes = [getattr(item, "_base_exc", item) for item in error.worker_failures.values()]
-    return next((cause for cause in causes if isinstance(cause, KNetError)), causes[0])
+    # Ray wraps what a worker raised, to keep its traceback, and what its death looked like.
+    causes = [
+        getattr(item, "_base_exc", getattr(item, "health_check_failure", item))
+        for item in error.worker_failures.values()
+    ]
+    # One worker's death breaks the connections of the others: name the death, not those.
+    telling = (c for kind in (KNetError, RayError) for c in causes if isinstance(c, kind))
+    return next(telling, causes[0])
 
 
 def _one_line(error: Exception) -> str:

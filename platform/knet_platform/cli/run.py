@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knet_core import DiskFullError
-from knet_platform.cluster import prepare_environment
+from knet_platform.cluster import prepare_environment, ray_address
 from knet_platform.errors import TrialsFailedError
 from knet_platform.home import knet_home, storage_uri, tracking_uri
 from knet_platform.planning import Sweep, load_sweep
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
     home = knet_home()
     store = Store(storage_uri())
+    ray_address()
     _require_space(home, store)
     finished = sum(store.trial(trial.hash).status() == "finished" for trial in sweep.trials)
     prepare_environment()

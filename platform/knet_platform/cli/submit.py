@@ -16,7 +16,7 @@ import knet_platform
 from knet_core import DataError
 from knet_platform.cli import run as run_verb
 from knet_platform.cluster import prepare_environment
-from knet_platform.errors import UsageError
+from knet_platform.errors import InterruptedSweepError, UsageError
 from knet_platform.home import knet_home, storage_uri
 from knet_platform.planning import load_sweep
 from knet_platform.provenance import git_sha
@@ -37,6 +37,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXCLUDED = (".git", ".venv", ".knet", "/data", "/demo", "/dist", "__pycache__", ".*_cache")
 """What a job has no use for, as in .gitignore, which Ray heeds as well."""
 POLL_SECONDS = 1.0
+STARTING_SECONDS = 30.0
+"""A cluster answers before it can take jobs, for at most this long."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +54,7 @@ def run(args: argparse.Namespace) -> int:
         load_sweep(sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
     prepare_environment()
     client = _client()
-    try:
-        job = client.submit_job(entrypoint=_entrypoint(sweep, args), runtime_env=runtime_env())
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"{Path.cwd()}: the cluster refused the job ({_first_line(error)}); with it goes this "
-            f"folder, without what .gitignore names, of at most 100 MiB"
-        ) from error
+    job = _submit(client, _entrypoint(sweep, args))
     print(f"job {job}", file=sys.stderr)
     try:
         asyncio.run(_follow(client, job))
@@ -140,6 +136,21 @@ def _client() -> "JobSubmissionClient":
         ) from error
 
 
+def _submit(client: "JobSubmissionClient", entrypoint: str) -> str:
+    deadline = time.monotonic() + STARTING_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env())
+        except (RuntimeError, ValueError) as error:
+            if "try again later" in str(error) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                continue
+            raise UsageError(
+                f"{Path.cwd()}: the cluster refused the job ({_first_line(error)}); with it goes "
+                f"this folder, without what .gitignore names, of at most 100 MiB"
+            ) from error
+
+
 async def _follow(client: "JobSubmissionClient", job: str) -> None:
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
@@ -147,13 +158,16 @@ async def _follow(client: "JobSubmissionClient", job: str) -> None:
 
 def _exit_code(client: "JobSubmissionClient", job: str) -> int:
     """Wait for the job's end, which may come after the end of its log."""
+    from ray.job_submission import JobStatus
+
     while not (info := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL_SECONDS)
-    code = info.driver_exit_code
-    if code is None:
-        print(f"job {job}: {info.message or info.status}", file=sys.stderr)
-        return 1
-    return code if code >= 0 else 128 - code
+    if info.status == JobStatus.STOPPED:  # by `ray job stop`, which keeps no exit code
+        raise InterruptedSweepError(f"job {job}: stopped; the same command continues the sweep")
+    if info.driver_exit_code is None:
+        raise UsageError(f"job {job}: {info.message or info.status}")
+    # A process ended by signal N has code -N; shells say 128 + N.
+    return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
 
 
 def _first_line(error: Exception) -> str:

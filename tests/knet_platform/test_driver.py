@@ -1,0 +1,33 @@
+"""Of several workers' errors, the one that explains the others is named."""
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+)
+
+from knet_core import DataError
+from knet_platform.driver import _cause, _one_line
+
+SYMPTOM = UserExceptionWithTraceback(RuntimeError("connection closed\nby peer"), "traceback")
+DEATH = WorkerHealthCheckFailedError("a check failed", RayActorError())
+OURS = UserExceptionWithTraceback(DataError("image.jpg: cut short"), "traceback")
+
+
+@pytest.mark.parametrize(
+    ("failures", "line"),
+    [
+        ((SYMPTOM,), "RuntimeError: connection closed"),
+        ((SYMPTOM, DEATH), f"RayActorError: {RayActorError()}".splitlines()[0]),
+        ((SYMPTOM, DEATH, OURS), "image.jpg: cut short"),
+    ],
+)
+def test_the_telling_error_is_one_line(failures: tuple[Exception, ...], line: str) -> None:
+    error = WorkerGroupError("several", dict(enumerate(failures)))
+    assert _one_line(_cause(error)) == line
+
+
+def test_a_controllers_failure_is_its_cause() -> None:
+    assert _one_line(_cause(ControllerError(ValueError("no node")))) == "ValueError: no node"
