@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from mlflow import MlflowClient
@@ -46,9 +47,9 @@ def test_a_sweep_trains_on_real_images(
     overrides = [
         f"data={ROOT}/sweeps/data/coco.yaml",
         f"data.root={real_data / folder}",
-        "train.iterations=20",
+        "train.iterations=30",
         "train.log_every=2",
-        "train.eval_every=20",
+        "train.eval_every=30",
         "train.batch_size=4",
         "optim.warmup_iterations=2",
     ]
@@ -64,7 +65,8 @@ def test_a_sweep_trains_on_real_images(
         run = runs[trial.name]
         assert run.info.status == "FINISHED"
         losses = [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")]
-        assert losses[-1] < 0.8 * losses[0]
+        # Few images a step make single losses jumpy; thirds of the run are compared.
+        assert mean(losses[-5:]) < 0.8 * mean(losses[:5])
         assert all(math.isfinite(value) for value in run.data.metrics.values())
         result = Store(str(home / "storage")).trial(trial.hash).result()
         assert result is not None
