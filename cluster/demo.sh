@@ -13,6 +13,8 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
 export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
+# Nobody preempts this machine: one process less for every trial.
+export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
 
 if [ ! -d "$KNET_DATA/shapes" ]; then
   knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0

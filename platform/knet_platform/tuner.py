@@ -144,6 +144,7 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
             param_space={"job": ray.tune.grid_search([asdict(job) for job in jobs])},
             tune_config=ray.tune.TuneConfig(
                 max_concurrent_trials=concurrent,
+                reuse_actors=True,  # a driver has loaded torch; the next need not
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
             ),
