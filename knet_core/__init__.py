@@ -31,15 +31,21 @@ from knet_core.errors import (
 if TYPE_CHECKING:
     from knet_core.checkpoint import load_model
     from knet_core.checkpoint_state import CheckpointState, load_recipe, parse_state, read_state
-    from knet_core.data import build_dataset, data_fingerprint, make_shapes
+    from knet_core.data import build_dataset, data_fingerprint, load_image, make_shapes
     from knet_core.engine import fit
     from knet_core.evaluation import evaluate
+    from knet_core.inference import keep_freed_memory, prepare_for_inference
+    from knet_core.kernel_maps import draw_kernel_maps, mean_activations
     from knet_core.metrics.mask_ap import MaskAP
     from knet_core.models.knet import KNet, build_model
+    from knet_core.official import Imported, import_official
+    from knet_core.prediction import predict, predict_stages
     from knet_core.progress import Callback, FitResult, Point, Report
+    from knet_core.results import ResultFiles
     from knet_core.schedule import plan_schedule
+    from knet_core.speed import Rate, Speed, measure_speed
     from knet_core.structures import Batch, ImageInfo, Instances, KNetOutput, LossTerms, Targets
-    from knet_core.visualize import draw_instances
+    from knet_core.visualize import contact_sheet, draw, draw_instances
 
 _LAZY = {
     "Batch": "knet_core.structures",
@@ -47,25 +53,40 @@ _LAZY = {
     "CheckpointState": "knet_core.checkpoint_state",
     "FitResult": "knet_core.progress",
     "ImageInfo": "knet_core.structures",
+    "Imported": "knet_core.official",
     "Instances": "knet_core.structures",
     "KNet": "knet_core.models.knet",
     "KNetOutput": "knet_core.structures",
     "LossTerms": "knet_core.structures",
     "MaskAP": "knet_core.metrics.mask_ap",
     "Point": "knet_core.progress",
+    "Rate": "knet_core.speed",
     "Report": "knet_core.progress",
+    "ResultFiles": "knet_core.results",
+    "Speed": "knet_core.speed",
     "Targets": "knet_core.structures",
     "build_dataset": "knet_core.data",
     "build_model": "knet_core.models.knet",
+    "contact_sheet": "knet_core.visualize",
     "data_fingerprint": "knet_core.data",
+    "draw": "knet_core.visualize",
     "draw_instances": "knet_core.visualize",
+    "draw_kernel_maps": "knet_core.kernel_maps",
     "evaluate": "knet_core.evaluation",
     "fit": "knet_core.engine",
+    "import_official": "knet_core.official",
+    "keep_freed_memory": "knet_core.inference",
+    "load_image": "knet_core.data",
     "load_model": "knet_core.checkpoint",
     "load_recipe": "knet_core.checkpoint_state",
     "make_shapes": "knet_core.data",
+    "mean_activations": "knet_core.kernel_maps",
+    "measure_speed": "knet_core.speed",
     "parse_state": "knet_core.checkpoint_state",
     "plan_schedule": "knet_core.schedule",
+    "predict": "knet_core.prediction",
+    "predict_stages": "knet_core.prediction",
+    "prepare_for_inference": "knet_core.inference",
     "read_state": "knet_core.checkpoint_state",
 }
 
@@ -82,6 +103,7 @@ __all__ = [
     "EvalConfig",
     "FitResult",
     "ImageInfo",
+    "Imported",
     "Instances",
     "KNet",
     "KNetError",
@@ -93,23 +115,37 @@ __all__ = [
     "NonFiniteError",
     "OptimConfig",
     "Point",
+    "Rate",
     "Recipe",
     "Report",
+    "ResultFiles",
     "ShapesConfig",
+    "Speed",
     "SplitConfig",
     "Targets",
     "TrainConfig",
     "build_dataset",
     "build_model",
+    "contact_sheet",
     "data_fingerprint",
+    "draw",
     "draw_instances",
+    "draw_kernel_maps",
     "evaluate",
     "fit",
+    "import_official",
+    "keep_freed_memory",
+    "load_image",
     "load_model",
     "load_recipe",
     "make_shapes",
+    "mean_activations",
+    "measure_speed",
     "parse_state",
     "plan_schedule",
+    "predict",
+    "predict_stages",
+    "prepare_for_inference",
     "read_state",
 ]
 

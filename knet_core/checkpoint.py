@@ -2,7 +2,8 @@
 
 `checkpoint_<step>/` holds the model (safetensors), the optimizer's and the random generators'
 state (`trainer.pt`, loads with `weights_only=True`), how far the run had come (`state.json`) and
-its recipe (`recipe.yaml`).
+its recipe (`recipe.yaml`). Of an imported model `trainer.pt` only says where it came from
+(`IMPORTED`), and the step is 0.
 """
 
 import dataclasses
@@ -30,12 +31,14 @@ from knet_core.checkpoint_state import (
     read_state,
     unreadable,
 )
-from knet_core.config import Recipe
+from knet_core.config import EvalConfig, Recipe
 from knet_core.errors import CheckpointError, DiskFullError
 from knet_core.models.knet import KNet, build_model
 
 MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.pt"
+IMPORTED = "imported_from"
+"""Key of `trainer.pt` where weights came from elsewhere: there is no optimizer to go on with."""
 
 _FREE_TO_CHANGE = frozenset(
     {
@@ -96,20 +99,27 @@ def copy_checkpoint(source: Path, directory: Path) -> None:
     _write_whole(directory, {name: read_file(source, name) for name in names})
 
 
-def load_model(directory: Path, device: str | torch.device = "cpu") -> KNet:
+def load_model(
+    directory: Path,
+    device: str | torch.device = "cpu",
+    *,
+    evaluation: EvalConfig | None = None,
+) -> KNet:
     """Return the model of a checkpoint, ready to predict.
+
+    Args:
+        directory: The checkpoint.
+        device: Where the model shall compute.
+        evaluation: Thresholds and limits of its results; unset: those of its recipe.
 
     Raises:
         CheckpointError: A file is missing, cut short, or belongs to another model.
     """
     state = read_state(directory)
     recipe = load_recipe(directory)
-    model = build_model(
-        without_pretrained(recipe).model,
-        recipe.loss,
-        recipe.eval,
-        num_classes=len(state.categories),
-    )
+    if evaluation is not None:
+        recipe = dataclasses.replace(recipe, eval=evaluation)
+    model = build_model(without_pretrained(recipe), state.categories)
     load_weights(model, directory)
     return model.to(device).eval()
 
@@ -140,13 +150,19 @@ def load_trainer(directory: Path) -> dict[str, Any]:
     """Return what `save_checkpoint` was given as `trainer`, on the CPU.
 
     Raises:
-        CheckpointError: The file is missing or cut short.
+        CheckpointError: The file is missing, cut short, or of an imported model, which has no such
+            state.
     """
     content = io.BytesIO(read_file(directory, TRAINER_FILE))
     try:
         trainer: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise unreadable(str(directory / TRAINER_FILE), error) from error
+    if IMPORTED in trainer:
+        raise CheckpointError(
+            f"{directory}: imported from {trainer[IMPORTED]}, without the state of an optimizer; "
+            f"a run cannot resume from it, start one without this checkpoint"
+        )
     return trainer
 
 

@@ -11,8 +11,13 @@ from typing import Any, Literal
 
 from knet_core.errors import ConfigError
 
+Task = Literal["instance", "panoptic", "semantic"]
+Grouping = Literal["hard", "soft"]
+SemanticHead = Literal["fcn", "pspnet", "deeplabv3", "upernet"]
+Pasting = Literal["mixed", "separate"]
+Compat = Literal["none", "published"]
 Precision = Literal["fp32", "bf16", "fp16"]
-DataFormat = Literal["coco", "shapes"]
+DataFormat = Literal["coco", "coco_panoptic", "ade20k", "shapes"]
 
 
 def _check(*rules: tuple[bool, str]) -> None:
@@ -23,9 +28,9 @@ def _check(*rules: tuple[bool, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
-    """Feature extractor: any timm model with `features_only` and strides 4, 8, 16, 32."""
+    """Feature extractor: any timm model with `features_only` and four stages from stride 4 on."""
 
-    name: str = "resnet50"
+    name: str = "resnet50.tv_in1k"
     pretrained: bool = True
     """Start from timm's ImageNet weights (downloaded once by timm)."""
     checkpoint: str | None = None
@@ -34,9 +39,22 @@ class BackboneConfig:
     """Leading stages that do not train: 0 none, 1 the stem and the first stage (published)."""
     norm_eval: bool = True
     """Keep batch normalisation on its stored statistics while training (published)."""
+    output_stride: Literal[8, 32] = 32
+    """Stride of the coarsest map; 8 dilates the last two stages (published for FCN, PSPNet and
+    DeepLabV3)."""
+    deformable: bool = False
+    """Deformable 3x3 convolutions in the last three stages of a ResNet ("dcn-c3-c5")."""
+    output_norm: bool = False
+    """Layer normalisation of every output map (published for Swin)."""
+    drop_path: float = 0.0
+    """Highest rate of stochastic depth."""
 
     def __post_init__(self) -> None:
         _check(
+            (
+                0.0 <= self.drop_path < 1.0,
+                f"model.backbone.drop_path: must be >= 0 and < 1, got {self.drop_path}",
+            ),
             (
                 0 <= self.frozen_stages <= 4,
                 f"model.backbone.frozen_stages: must be 0 to 4, got {self.frozen_stages}",
@@ -49,16 +67,42 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """K-Net for instance segmentation and the switches of its ablations (paper, Table 4)."""
+class SemanticConfig:
+    """The dense classifier that semantic kernels start from; its width is `model.channels`."""
 
+    head: SemanticHead = "upernet"
+    dropout: float = 0.1
+    """Probability of dropping a feature channel before a classifier, in training."""
+    auxiliary: bool = True
+    """A second classifier on the last but one backbone stage, in training."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (
+                0.0 <= self.dropout < 1.0,
+                f"model.semantic.dropout: must be >= 0 and < 1, got {self.dropout}",
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """K-Net for one task, and the switches of its ablations (paper, Tables 4 and 5)."""
+
+    task: Task = "instance"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    """Where the kernels of the semantic task come from; other tasks do without."""
     channels: int = 256
-    """Width C of features and kernels."""
+    """Width of features and kernels."""
     num_kernels: int = 100
-    """Instance kernels N, the most objects found in one image (Table 4d)."""
+    """Instance kernels N, the most objects found in one image (Table 4d). The semantic task has
+    one kernel per class instead, the panoptic task one more per stuff class."""
     stages: int = 3
-    """Rounds of kernel update S (Table 4c)."""
+    """Rounds of kernel update S (Tables 4c and 5); 0 is the plain semantic baseline."""
+    update_channels: int | None = None
+    """Width of the adaptive update; unset: `channels`. Wider kernels are updated in parts of it
+    (published: 256 under semantic heads of 512 channels)."""
     num_heads: int = 8
     """Attention heads of kernel interaction."""
     ffn_channels: int = 2048
@@ -71,9 +115,26 @@ class ModelConfig:
     """Add sine positions to the coarsest pyramid level (Table 4b)."""
     coordinates: bool = False
     """Append x and y channels to the coarsest pyramid level (Table 4b)."""
+    grouping: Grouping = "hard"
+    """Features are summed under masks cut at one half, or weighed by probabilities (Eq. 3). The
+    semantic task was published with soft, the other two with hard groups."""
+    feature_branches: int = 2
+    """Instances and semantics from features of their own (2) or from the same (1); the paper puts
+    two at about one PQ more. The semantic task has one."""
 
     def __post_init__(self) -> None:
+        width = self.update_channels or self.channels
+        least = 0 if self.task == "semantic" else 1
         _check(
+            (
+                width >= 1 and self.channels % width == 0,
+                f"model.update_channels: must divide model.channels = {self.channels}, "
+                f"got {self.update_channels}",
+            ),
+            (
+                self.feature_branches in (1, 2),
+                f"model.feature_branches: must be 1 or 2, got {self.feature_branches}",
+            ),
             (
                 self.channels > 0 and self.channels % 32 == 0,
                 f"model.channels: must be a multiple of 32 (group normalisation has 32 groups), "
@@ -81,9 +142,9 @@ class ModelConfig:
             ),
             (self.num_kernels >= 1, f"model.num_kernels: must be >= 1, got {self.num_kernels}"),
             (
-                self.stages >= 1,
-                f"model.stages: must be >= 1 (the static kernels predict no classes), "
-                f"got {self.stages}",
+                self.stages >= least,
+                f"model.stages: must be >= {least} for model.task={self.task}"
+                f"{' (static kernels predict no classes)' if least else ''}, got {self.stages}",
             ),
             (
                 self.num_heads >= 1 and self.channels % max(self.num_heads, 1) == 0,
@@ -104,14 +165,27 @@ class LossConfig:
     cls: float = 2.0
     """Focal loss of class scores, after every update."""
     seg: float = 1.0
-    """Focal loss of the auxiliary semantic map."""
+    """Focal loss of the auxiliary semantic map (instance, panoptic)."""
+    rank: float = 0.1
+    """Cross-entropy over the kernels that compete for a pixel (panoptic); 0 leaves it out."""
+    ce: float = 1.0
+    """Cross-entropy over classes, static and after every update (semantic)."""
+    auxiliary: float = 0.4
+    """Cross-entropy of the auxiliary classifier (semantic)."""
+    points: int | None = None
+    """Pixels sampled per image for mask losses and costs; unset: all of them (published).
+    Mask2Former's figure is 12544."""
 
     def __post_init__(self) -> None:
         _check(
             *(
                 (getattr(self, name) >= 0, f"loss.{name}: must be >= 0, got {getattr(self, name)}")
-                for name in ("mask", "dice", "cls", "seg")
-            )
+                for name in ("mask", "dice", "cls", "seg", "rank", "ce", "auxiliary")
+            ),
+            (
+                self.points is None or self.points >= 1,
+                f"loss.points: must be >= 1, got {self.points}",
+            ),
         )
 
 
@@ -159,6 +233,9 @@ class DataConfig:
         images=("val2017", "val", "images/val"),
         annotations=("annotations/instances_val2017.json", "annotations/instances_val.json"),
     )
+    classes: tuple[str, ...] = ()
+    """Names of the categories 1, 2, ... of a set in ADE20K's layout, whose files hold none; unset:
+    the lines of classes.txt in the root."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     short_edge: tuple[int, int] = (800, 800)
     """Training draws the shorter side uniformly from this range, both ends included; evaluation
@@ -167,6 +244,15 @@ class DataConfig:
     """The longer side never exceeds this."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    """Training multiplies both edges by a number drawn uniformly from this range."""
+    crop: int | None = None
+    """Side in pixels of the random square that training cuts out and pads to; unset: no crop."""
+    crop_max_share: float = 1.0
+    """A crop is drawn again, up to ten times, while one class covers more of its labelled pixels
+    than this share (published for ADE20K: 0.75)."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue in training (published for ADE20K)."""
     num_workers: int = 2
     """Loader processes per training worker; 0 loads in the training process."""
 
@@ -178,7 +264,23 @@ class DataConfig:
                 f"data.short_edge: must satisfy 32 <= low <= high <= data.long_edge = "
                 f"{self.long_edge}, got [{low}, {high}]",
             ),
+            (
+                len(self.classes) <= 254,
+                f"data.classes: must be at most 254 names, got {len(self.classes)}",
+            ),
             (0.0 <= self.flip <= 1.0, f"data.flip: must be 0 to 1, got {self.flip}"),
+            (
+                0.0 < self.scale_range[0] <= self.scale_range[1],
+                f"data.scale_range: must satisfy 0 < low <= high, got {list(self.scale_range)}",
+            ),
+            (
+                self.crop is None or self.crop >= 32,
+                f"data.crop: must be >= 32, got {self.crop}",
+            ),
+            (
+                0.0 < self.crop_max_share <= 1.0,
+                f"data.crop_max_share: must be > 0 and <= 1, got {self.crop_max_share}",
+            ),
             (self.num_workers >= 0, f"data.num_workers: must be >= 0, got {self.num_workers}"),
         )
 
@@ -191,6 +293,9 @@ class OptimConfig:
     """Peak learning rate, for the stated global batch size; never rescaled behind your back."""
     backbone_lr_factor: float = 0.25
     weight_decay: float = 0.05
+    decay_norms: bool = True
+    """Weight decay also on normalisation layers and relative positions; published Swin semantic
+    recipes leave them out."""
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_iterations: int = 1000
     warmup_factor: float = 0.001
@@ -232,9 +337,12 @@ class TrainConfig:
     """Images per worker in one forward pass; gradients accumulate until `batch_size` is reached.
     Unset: the worker's whole share at once."""
     precision: Precision = "fp32"
-    """Autocast type on a GPU; a CPU trains in fp32."""
+    """Autocast type; fp16 needs a GPU, a CPU trains in fp32 instead."""
     channels_last: bool = False
     """Memory layout of images and convolutions."""
+    compile: bool = False
+    """Compile the forward pass (torch.compile): minutes at the start and after every new image
+    size, faster steps then. A CPU needs a C++ compiler for it."""
     log_every: int = 50
     """Iterations between points of the training curves."""
     eval_every: int | None = None
@@ -262,6 +370,22 @@ class EvalConfig:
     """Images per worker in one forward pass."""
     max_detections: int = 100
     """Most instances kept per image."""
+    score_threshold: float = 0.3
+    """Least score of a thing in a panoptic map."""
+    overlap_threshold: float = 0.6
+    """Least share of its own mask that a panoptic segment must keep against the others."""
+    pasting: Pasting = "mixed"
+    """Things and stuff compete in order of score (mixed), or things come first (separate); the
+    paper puts mixed at about one PQ more."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which a semantic image is predicted, relative to its input size; probabilities are
+    averaged. Published test-time augmentation: .5, .75, 1, 1.25, 1.5, 1.75 with flips."""
+    flip: bool = False
+    """Predict semantic images mirrored too."""
+    window: int | None = None
+    """Side in pixels of the sliding window over semantic images; unset: the whole image."""
+    window_stride: int | None = None
+    """Pixels between windows; unset: two thirds of `window`."""
     probe_images: int = 4
     """Validation images drawn with their predicted masks at every evaluation; 0 draws none."""
     fps_iterations: int = 50
@@ -273,6 +397,28 @@ class EvalConfig:
             (
                 self.max_detections >= 1,
                 f"eval.max_detections: must be >= 1, got {self.max_detections}",
+            ),
+            (
+                0.0 <= self.score_threshold <= 1.0,
+                f"eval.score_threshold: must be 0 to 1, got {self.score_threshold}",
+            ),
+            (
+                0.0 <= self.overlap_threshold <= 1.0,
+                f"eval.overlap_threshold: must be 0 to 1, got {self.overlap_threshold}",
+            ),
+            (
+                bool(self.scales) and all(scale > 0 for scale in self.scales),
+                f"eval.scales: must be one or more numbers > 0, got {list(self.scales)}",
+            ),
+            (
+                self.window is None or self.window >= 32,
+                f"eval.window: must be >= 32, got {self.window}",
+            ),
+            (
+                self.window_stride is None
+                or (self.window is not None and 1 <= self.window_stride <= self.window),
+                f"eval.window_stride: must be 1 to eval.window = {self.window}, "
+                f"got {self.window_stride}",
             ),
             (self.probe_images >= 0, f"eval.probe_images: must be >= 0, got {self.probe_images}"),
             (
@@ -292,6 +438,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    compat: Compat = "none"
+    """`published` repeats the released code's quirks, for numbers equal to its own (ADR 0007)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

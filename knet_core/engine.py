@@ -71,7 +71,7 @@ def fit(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     output_dir.mkdir(parents=True, exist_ok=True)
-    train_set = build_dataset(recipe.data, "train", seed=recipe.seed)
+    train_set = build_dataset(recipe.data, "train", seed=recipe.seed, task=recipe.model.task)
     schedule = plan_schedule(recipe.train, num_images=len(train_set), world_size=world_size())
     state = None
     if resume_from is not None:
@@ -88,9 +88,7 @@ def fit(
 
     seed_everything(recipe.seed)
     building = recipe if resume_from is None else without_pretrained(recipe)
-    model = build_model(
-        building.model, recipe.loss, recipe.eval, num_classes=train_set.num_classes
-    )
+    model = build_model(building, train_set.categories)
     trainer = Trainer(
         model,
         recipe,
@@ -104,7 +102,7 @@ def fit(
         schedule=schedule,
         trainer=trainer,
         train_set=train_set,
-        val_set=build_dataset(recipe.data, "val", seed=recipe.seed),
+        val_set=build_dataset(recipe.data, "val", seed=recipe.seed, task=recipe.model.task),
         device=device,
         output_dir=output_dir,
         callbacks=callbacks,

@@ -1,4 +1,4 @@
-"""Mask AP over all workers, pictures of a few predictions, and the model's speed."""
+"""Scores over all workers, pictures of a few predictions, and the model's speed."""
 
 import time
 
@@ -7,10 +7,11 @@ import torch
 from knet_core.config import EvalConfig
 from knet_core.data import SegmentationDataset, collate, eval_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
-from knet_core.errors import DataError
-from knet_core.metrics.mask_ap import MaskAP
+from knet_core.errors import ConfigError, DataError
+from knet_core.metrics.metric import Metric, metric_factory
 from knet_core.models.knet import KNet
-from knet_core.visualize import contact_sheet, draw_instances
+from knet_core.prediction import predict, predict_stages
+from knet_core.visualize import contact_sheet, draw
 
 _WARM_UP = 5
 """Untimed passes before the speed is measured, as in mmdet's benchmark."""
@@ -26,14 +27,25 @@ def evaluate(
     *,
     device: torch.device,
     num_workers: int = 0,
+    per_stage: bool = False,
 ) -> tuple[dict[str, float], bytes | None]:
     """Score a model on one split; each worker predicts a share of the images.
 
+    Args:
+        model: Of the data set's task.
+        dataset: The split.
+        config: How images are predicted and how many are drawn.
+        device: Where the model is.
+        num_workers: Loader processes.
+        per_stage: Score every stage as well; it costs a post-processing each.
+
     Returns:
-        Metrics `val/AP...` on every worker, and on the first a PNG of the first
-        `config.probe_images` images, ground truth beside prediction.
+        Metrics `val/<name>` on every worker, with `per_stage` also `val/stage<i>/<name>` (0 the
+        static kernels), and on the first worker a PNG of the first `config.probe_images` images,
+        ground truth beside prediction.
 
     Raises:
+        ConfigError: `per_stage` is asked together with scales, flips or a window.
         DataError: An image cannot be used, or the split has other classes than the model.
     """
     if model.num_classes != dataset.num_classes:
@@ -41,9 +53,15 @@ def evaluate(
             f"data: the split to evaluate has {dataset.num_classes} categories, the model "
             f"predicts {model.num_classes}; use the data that the model was trained on"
         )
+    if per_stage and (config.scales != (1.0,) or config.flip or config.window is not None):
+        raise ConfigError(
+            "eval: stages are compared on images seen once and whole; leave out eval.scales, "
+            "eval.flip and eval.window, or the evaluation per stage"
+        )
     was_training = model.training
     model.eval()
-    metric = MaskAP(dataset.ground_truth(), dataset.categories)
+    new_metric = metric_factory(dataset)
+    scores = [new_metric() for _ in range(len(model.updates) + 1 if per_stage else 1)]
     batches = eval_loader(
         dataset,
         batch_size=config.batch_size,
@@ -52,16 +70,33 @@ def evaluate(
         num_workers=num_workers,
     )
     for batch in batches:
-        found = model.postprocess(model(batch.images.to(device, non_blocking=True)), batch.infos)
-        for info, instances in zip(batch.infos, found, strict=True):
-            metric.add(info, instances)
-    metric.merge(gather_on_zero(metric.state()))
-    metrics = on_rank_zero(metric.compute)
+        images = batch.images.to(device, non_blocking=True)
+        if per_stage:
+            found = predict_stages(model, images, batch.infos)
+        else:
+            found = [predict(model, images, batch.infos, config)]
+        for metric, predictions in zip(scores, found, strict=True):
+            for info, prediction in zip(batch.infos, predictions, strict=True):
+                metric.add(info, prediction)
+    results = [_gathered(metric) for metric in scores]
+    metrics = dict(results[-1])
+    if per_stage:
+        for number, result in enumerate(results):
+            metrics |= {
+                name.replace("val/", f"val/stage{number}/"): value
+                for name, value in result.items()
+            }
     picture = None
     if rank() == 0 and config.probe_images > 0:
-        picture = _picture(model, dataset, config.probe_images, device)
+        picture = _picture(model, dataset, config, device)
     model.train(was_training)
     return metrics, picture
+
+
+def _gathered(metric: Metric) -> dict[str, float]:
+    """Return the scores of all workers together, on every worker."""
+    metric.merge(gather_on_zero(metric.state()))
+    return on_rank_zero(metric.compute)
 
 
 @torch.no_grad()
@@ -92,14 +127,15 @@ def measure_fps(
     return iterations / seconds
 
 
-def _picture(model: KNet, dataset: SegmentationDataset, count: int, device: torch.device) -> bytes:
+def _picture(
+    model: KNet, dataset: SegmentationDataset, config: EvalConfig, device: torch.device
+) -> bytes:
     cells = []
-    for index in range(min(count, len(dataset))):
+    for index in range(min(config.probe_images, len(dataset))):
         batch = collate([dataset.load(index, epoch=0)])
-        found = model.postprocess(model(batch.images.to(device)), batch.infos)[0]
-        for instances in (dataset.instances(index), found):
-            image = dataset.raw_image(index)
-            cells.append(draw_instances(image, instances, dataset.categories))
+        found = predict(model, batch.images.to(device), batch.infos, config)[0]
+        for prediction in (dataset.truth(index), found):
+            cells.append(draw(dataset.raw_image(index), prediction, dataset.categories))
     return contact_sheet(cells, columns=2)
 
 

@@ -1,35 +1,154 @@
-"""Elementary losses (Sec. 3.3): pure functions of logits and targets, unweighted."""
+"""Elementary losses (Sec. 3.3), unweighted, the large ones with their gradients written out.
+
+At the resolution of the targets one map of logits outweighs the layer that made it, and automatic
+differentiation would keep several of each. So a loss is valued and differentiated piece by piece
+as soon as it is met (`on_the_spot`), and only gradients of the prediction's own size remain.
+
+Shapes:  M masks · C classes or competing kernels · P pixels or points
+
+Losses of single masks take rows of pixels. Losses over classes take rows of classes: memory laid
+out like that ("channels last") is also enlarged several times faster.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 DICE_EPS = 1e-3
 FOCAL_ALPHA = 0.25
+_ELEMENTS_AT_ONCE = 2**20
+"""Of a map's logits, 4 MB: what a loss makes of them stays in the cache."""
+MASK_STRIDE = 8
+"""Of the masks that kernels predict; losses and results see them enlarged."""
+
+Valued = tuple[Tensor, tuple[Tensor, ...]]
+"""Values (K, r) of K losses for r rows, and each loss's gradient by what was given to it."""
 
 
-def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy, the mean over masks and pixels; 0 without masks.
+def on_the_spot(
+    logits: Tensor,
+    look: Callable[[Tensor, int], Tensor],
+    loss: Callable[[Tensor, int], Valued],
+    pieces: Sequence[slice],
+    *,
+    num_losses: int = 1,
+) -> Tensor:
+    """Return the values (num_losses, R) of logits (R, ...), each row a problem of its own.
+
+    Args:
+        logits: What the gradient is wanted for, float32 or wider.
+        look: Differentiable; from the rows of a piece, and its number, to what the loss sees.
+        loss: Values, and gradients by what it sees; may overwrite what it sees.
+        pieces: Rows to take at once; together they are all rows.
+        num_losses: How many values `loss` returns for a row.
+    """
+    values: Tensor = _OnTheSpot.apply(logits, look, loss, pieces, num_losses)
+    return values
+
+
+class _OnTheSpot(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        look: Callable[[Tensor, int], Tensor],
+        loss: Callable[[Tensor, int], Valued],
+        pieces: Sequence[slice],
+        num_losses: int,
+    ) -> Tensor:
+        values = logits.new_empty(num_losses, len(logits))
+        gradients = logits.new_empty(num_losses, *logits.shape)
+        for number, piece in enumerate(pieces):
+            with torch.enable_grad():
+                rows = logits[piece].detach().requires_grad_()
+                seen = look(rows, number)
+            values[:, piece], by_seen = loss(seen.detach(), number)
+            for index, gradient in enumerate(by_seen):
+                (gradients[index, piece],) = torch.autograd.grad(
+                    seen, rows, gradient, retain_graph=index + 1 < num_losses
+                )
+        ctx.save_for_backward(gradients)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        factors = factors.reshape(factors.shape + (1,) * (gradients.dim() - 2))
+        return (gradients * factors).sum(0), None, None, None, None
+
+
+def map_losses(
+    maps: Tensor, labels: Tensor, size: tuple[int, int], loss: Callable[[Tensor, Tensor], Valued]
+) -> Tensor:
+    """Return each image's loss (B,) of maps (B, C, h, w), resized to `size`.
+
+    Args:
+        maps: Logits.
+        labels: (B, P), what `loss` takes.
+        size: (height, width) of the labels, P pixels.
+        loss: Of one image, such as `focal_map`.
+    """
+    values = on_the_spot(
+        maps.float(),
+        lambda image, _: pixel_rows(image, size),
+        lambda seen, image: _by_parts(loss, seen, labels[image]),
+        [slice(image, image + 1) for image in range(len(maps))],
+    )
+    return values[0]
+
+
+def _by_parts(loss: Callable[[Tensor, Tensor], Valued], logits: Tensor, labels: Tensor) -> Valued:
+    """Value a map's loss some pixels at a time; its gradient overwrites the logits."""
+    total = logits.new_zeros(1, 1)
+    step = max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
+    for part, wanted in zip(torch.split(logits, step), torch.split(labels, step), strict=True):
+        value, (gradient,) = loss(part, wanted)
+        total += value
+        part.copy_(gradient)
+    return total, (logits,)
+
+
+def upsample2(maps: Tensor) -> Tensor:
+    """Resize (B, N, h, w) bilinearly to twice the size, in float32."""
+    return F.interpolate(maps.float(), scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def pixel_rows(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (1, C, h, w) bilinearly to `size`, and return its pixels (P, C) as rows."""
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)  # views only: so is the way back
+
+
+def mask_and_dice(logits: Tensor, targets: Tensor) -> Valued:
+    """Value each mask's binary cross-entropy, and one minus its dice coefficient (squared sums).
 
     Args:
         logits: (M, P).
         targets: (M, P) in [0, 1].
+
+    Returns:
+        Values (2, M): mean over pixels of the cross-entropy, dice loss.
     """
-    total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-    return total / max(logits.numel(), 1)
-
-
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """One minus the dice coefficient with squared sums, the mean over masks; 0 without masks.
-
-    Args:
-        logits: (M, P).
-        targets: (M, P) in [0, 1].
-    """
+    num_pixels = logits.shape[1]
     probability = logits.sigmoid()
-    overlap = (probability * targets).sum(1)
-    squares = probability.square().sum(1) + targets.square().sum(1)
-    return (1 - 2 * overlap / (squares + 2 * DICE_EPS)).sum() / max(len(logits), 1)
+    cross_entropy = F.softplus(logits).addcmul_(logits, targets, value=-1).sum(1) / num_pixels
+    overlap = torch.einsum("mp,mp->m", probability, targets)
+    squares = torch.einsum("mp,mp->m", probability, probability)
+    squares = squares + torch.einsum("mp,mp->m", targets, targets) + 2 * DICE_EPS
+    dice = 1 - 2 * overlap / squares
+
+    by_cross_entropy = (probability - targets).div_(num_pixels)
+    by_probability = (probability * (4 * overlap / squares.square())[:, None]).addcmul_(
+        targets, (-2 / squares)[:, None]
+    )
+    by_dice = by_probability.mul_(probability).mul_(1 - probability)
+    return torch.stack([cross_entropy, dice]), (by_cross_entropy, by_dice)
 
 
 def focal_loss_sum(logits: Tensor, positives: Tensor) -> Tensor:
@@ -54,6 +173,54 @@ def _focal_negative(logits: Tensor) -> Tensor:
     return (1 - FOCAL_ALPHA) * logits.sigmoid().square() * F.softplus(logits)
 
 
+def focal_map(logits: Tensor, labels: Tensor) -> Valued:
+    """Value the sigmoid focal loss of a map of labels, summed over classes and pixels.
+
+    Args:
+        logits: (P, C).
+        labels: (P,) int64; C is background, a negative of every class; -1 is left out.
+
+    Returns:
+        Values (1, 1).
+    """
+    num_classes = logits.shape[1]
+    weight = ((1 - FOCAL_ALPHA) * (labels >= 0))[:, None]
+    probability = logits.sigmoid()
+    surprise = F.softplus(logits)  # of a negative: -log(1 - probability)
+    square = probability.square().mul_(weight)
+    gradient = torch.addcmul(probability, 1 - probability, surprise, value=2).mul_(square)
+    total = surprise.mul_(square).sum()
+
+    is_positive = ((labels >= 0) & (labels < num_classes))[:, None]
+    index = labels.clamp(0, num_classes - 1)[:, None]
+    chosen = logits.gather(1, index)
+    correction = _focal_positive(chosen) - _focal_negative(chosen)
+    total = total + (correction * is_positive).sum()
+    missing = (-chosen).sigmoid()
+    by_positive = (2 * (1 - missing) * F.softplus(-chosen) + missing) * missing.square()
+    by_chosen = torch.where(is_positive, -FOCAL_ALPHA * by_positive, gradient.gather(1, index))
+    return total.reshape(1, 1), (gradient.scatter_(1, index, by_chosen),)
+
+
+def cross_entropy_map(logits: Tensor, labels: Tensor) -> Valued:
+    """Value the softmax cross-entropy of a map of labels, summed over pixels.
+
+    Args:
+        logits: (P, C).
+        labels: (P,) int64; -1 is left out.
+
+    Returns:
+        Values (1, 1).
+    """
+    decided = (labels >= 0)[:, None]
+    index = labels.clamp(min=0)[:, None]
+    log_probability = logits.log_softmax(1)
+    total = -(log_probability.gather(1, index) * decided).sum()
+    gradient = log_probability.exp_()
+    gradient.scatter_(1, index, gradient.gather(1, index) - 1)
+    return total.reshape(1, 1), (gradient.mul_(decided),)
+
+
 def quarter_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Pad masks (G, height, width) of 0 and 1 to `size` and resize them to a quarter.
 
@@ -63,8 +230,9 @@ def quarter_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (G, size[0] / 4, size[1] / 4) float32.
     """
-    height, width = masks.shape[-2:]
-    padded = F.pad(masks, (0, size[1] - width, 0, size[0] - height))
-    upper, lower = padded[:, 1::4], padded[:, 2::4]
-    total = upper[:, :, 1::4] + upper[:, :, 2::4] + lower[:, :, 1::4] + lower[:, :, 2::4]
-    return total.to(torch.float32) * 0.25
+    quarters = masks.new_zeros(len(masks), size[0] // 4, size[1] // 4, dtype=torch.float32)
+    for top in (1, 2):
+        for left in (1, 2):
+            pixels = masks[:, top::4, left::4]
+            quarters[:, : pixels.shape[1], : pixels.shape[2]] += pixels
+    return quarters.mul_(0.25)

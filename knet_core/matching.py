@@ -1,5 +1,7 @@
 """One-to-one assignment of kernels to objects by the Hungarian method (Sec. 3.3)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -11,40 +13,36 @@ from knet_core.losses import DICE_EPS, FOCAL_ALPHA
 from knet_core.structures import Matches
 
 
-@torch.no_grad()
-def match(
-    masks: Tensor,
-    class_logits: Tensor | None,
-    target_masks: Tensor,
-    labels: Tensor,
-    weights: LossConfig,
-) -> Matches:
-    """Return the cheapest assignment for one image; min(N, G) pairs, in kernel order.
+def match(costs: Sequence[Tensor]) -> list[Matches]:
+    """Return each image's cheapest assignment, on the CPU; min(N, G) pairs, in kernel order.
 
     With more objects than kernels the surplus objects stay unassigned; without objects the result
-    is empty.
+    is empty. All costs travel to the solver together, so the host waits for the device once.
 
     Args:
-        masks: (N, h, w) logits, at the size of the targets.
-        class_logits: (N, C), or None to leave classes out of the cost (static kernels).
-        target_masks: (G, h, w) soft masks in [0, 1].
-        labels: (G,) int64.
-        weights: Weights of the mask, dice and class costs.
+        costs: (N, G) for each image (`assignment_cost`).
 
     Raises:
-        NonFiniteError: A cost is NaN or infinite.
+        NonFiniteError: A cost is NaN or infinite; names the image's place in the batch.
     """
-    if len(labels) == 0:
-        return Matches(kernels=labels, objects=labels)
-    cost = assignment_cost(masks, class_logits, target_masks, labels, weights).cpu().numpy()
-    if not np.isfinite(cost).all():
-        bad = int((~np.isfinite(cost)).any(axis=1).sum())
-        raise NonFiniteError(f"matching cost is NaN or infinite for {bad} of {len(cost)} kernels")
-    kernels, objects = linear_sum_assignment(cost)
-    pairs = torch.from_numpy(np.stack([kernels, objects])).to(labels.device)
-    return Matches(kernels=pairs[0], objects=pairs[1])
+    together = torch.cat([cost.flatten() for cost in costs]).cpu()
+    matches: list[Matches] = []
+    for image, flat in enumerate(torch.split(together, [cost.numel() for cost in costs])):
+        cost = flat.view(costs[image].shape).numpy()
+        if not np.isfinite(cost).all():
+            bad = int((~np.isfinite(cost)).any(axis=1).sum())
+            raise NonFiniteError(
+                f"image {image} of the batch: matching cost is NaN or infinite for {bad} of "
+                f"{len(cost)} kernels"
+            )
+        kernels, objects = linear_sum_assignment(cost)
+        matches.append(
+            Matches(kernels=torch.from_numpy(kernels), objects=torch.from_numpy(objects))
+        )
+    return matches
 
 
+@torch.no_grad()
 def assignment_cost(
     masks: Tensor,
     class_logits: Tensor | None,
@@ -52,17 +50,25 @@ def assignment_cost(
     labels: Tensor,
     weights: LossConfig,
 ) -> Tensor:
-    """Return costs (N, G): one matrix product, everything else from sums over each mask."""
+    """Return costs (N, G): one matrix product, everything else from sums over each mask.
+
+    Args:
+        masks: (N, ...) logits, at the size of the targets.
+        class_logits: (N, C), or None to leave classes out of the cost (static kernels).
+        target_masks: (G, ...) soft masks in [0, 1].
+        labels: (G,) int64.
+        weights: Weights of the mask, dice and class costs.
+    """
     probability = masks.flatten(1).sigmoid()
     target = target_masks.flatten(1)
-    overlap = probability @ target.T
     num_pixels = probability.shape[1]
-
+    overlap = (target @ probability.T).T  # in this order fast for either layout of the masks
     both_empty = num_pixels - probability.sum(1)[:, None] - target.sum(1) + overlap
     mask_cost = -(overlap + both_empty) / num_pixels
-    squares = probability.square().sum(1)[:, None] + target.square().sum(1)
+    target_squares = torch.linalg.vector_norm(target, dim=1).square()
+    squares = probability.square_().sum(1)[:, None] + target_squares
     dice_cost = -2 * overlap / (squares + 2 * DICE_EPS)
-    cost = weights.mask * mask_cost + weights.dice * dice_cost
+    cost: Tensor = weights.mask * mask_cost + weights.dice * dice_cost
     if class_logits is not None:
         score = class_logits.sigmoid()
         positive = -FOCAL_ALPHA * (1 - score).square() * (score + 1e-12).log()

@@ -1,32 +1,58 @@
 """AdamW as the authors use it: a slower backbone, weight decay on everything (also norms)."""
 
+from itertools import product
+
 import torch
 from torch import nn
 
 from knet_core.config import OptimConfig
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_POSITIONS = "relative_position_bias_table"
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over all parameters that train; `model.backbone` is a group of its own."""
-    backbone: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Return AdamW over all parameters that train; `model.backbone` is a group of its own.
+
+    With `decay_norms: false` normalisation layers and relative positions make up further groups.
+    The published rule goes by names, and so misses batch normalisation and the layer normalisation
+    of the mask branch (KNET_SPEC 7).
+    """
+    undecayed = set() if config.decay_norms else _norms_and_positions(model)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        key: [] for key in product((True, False), (False, True))
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (backbone if name.startswith("backbone.") else others).append(parameter)
-    groups = [
-        {"params": others, "lr": config.lr, "peak_lr": config.lr},
-        {
-            "params": backbone,
-            "lr": config.lr * config.backbone_lr_factor,
-            "peak_lr": config.lr * config.backbone_lr_factor,
-        },
-    ]
+            decays = parameter not in undecayed
+            groups[decays, name.startswith("backbone.")].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {
+                "params": parameters,
+                "lr": lr,
+                "peak_lr": lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (decays, in_backbone), parameters in groups.items()
+            if parameters
+            for lr in [config.lr * (config.backbone_lr_factor if in_backbone else 1.0)]
+        ],
         betas=config.betas,
         weight_decay=config.weight_decay,
         fused=True,  # one pass over all parameters; a tenth of a small model's step otherwise
     )
+
+
+def _norms_and_positions(model: nn.Module) -> set[nn.Parameter]:
+    norms = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, _NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    named = model.named_parameters()
+    return norms | {parameter for name, parameter in named if name.endswith(_POSITIONS)}
 
 
 def lr_factor(step: int, config: OptimConfig, num_iterations: int) -> float:

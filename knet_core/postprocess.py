@@ -1,22 +1,24 @@
-"""From the last stage's logits to instances at the size of the image on disk."""
+"""From one stage's logits to instances or classes at the size of the image on disk.
+
+Panoptic maps have a file of their own, `knet_core.panoptic_paste`.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from knet_core.criterion import MASK_STRIDE, upsample2
-from knet_core.structures import ImageInfo, Instances, StageOutput
+from knet_core.resizing import chunks, resize_probabilities, running_argmax, to_original
+from knet_core.structures import ImageSize, Instances, SemanticMap, StageOutput
 
 MASK_THRESHOLD = 0.5
 
 
 @torch.no_grad()
 def instances(
-    stage: StageOutput, infos: Sequence[ImageInfo], max_detections: int
+    stage: StageOutput, sizes: Sequence[ImageSize], *, max_detections: int
 ) -> list[Instances]:
-    """Return each image's `max_detections` best (kernel, class) pairs, best first.
+    """Return each image's `max_detections` best (kernel, class) pairs, best first (spec 5.2).
 
     The score is the class probability; one kernel may appear under several classes. There is no
     threshold and no suppression of overlaps.
@@ -25,33 +27,57 @@ def instances(
     scores = stage.class_logits.float().sigmoid()
     num_classes = scores.shape[-1]
     results = []
-    for image_scores, masks, info in zip(scores, stage.masks, infos, strict=True):
+    for image_scores, masks, size in zip(scores, stage.masks, sizes, strict=True):
         flat = image_scores.flatten()
         best, index = flat.topk(min(max_detections, len(flat)))
-        kernels, place = (index // num_classes).unique(return_inverse=True)
         results.append(
             Instances(
                 scores=best,
                 labels=index % num_classes,
-                masks=(resize_probabilities(masks[kernels], info) > MASK_THRESHOLD)[place],
+                masks=_binary_masks(masks, index // num_classes, size),
             )
         )
     return results
 
 
-def resize_probabilities(masks: Tensor, info: ImageInfo) -> Tensor:
-    """Bring mask logits (K, h, w) of one image to probabilities (K, H0, W0).
+def _binary_masks(masks: Tensor, kernels: Tensor, size: ImageSize) -> Tensor:
+    """Return the masks (K, H0, W0) of the kernels (K,), each resized once however often it occurs.
 
-    The order is the published one: probabilities, to the padded input, crop, to the original.
+    Args:
+        masks: (N, h, w) logits.
+        kernels: Rows of `masks`, in any order.
+        size: Of the image.
     """
-    height, width = (side * MASK_STRIDE for side in masks.shape[-2:])
-    probability = upsample2(masks[None]).sigmoid()
-    probability = _resize(probability, (height, width))
-    probability = probability[..., : info.input_size[0], : info.input_size[1]]
-    return _resize(probability, info.original_size)[0]
+    result = torch.empty(
+        (len(kernels), *size.original_size), dtype=torch.bool, device=masks.device
+    )
+    different, place = torch.unique(kernels, return_inverse=True)
+    for part in chunks(len(different)):
+        found = resize_probabilities(masks[different[part]], size) > MASK_THRESHOLD
+        rows = ((place >= part.start) & (place < part.stop)).nonzero().flatten()
+        result[rows] = found[place[rows] - part.start]
+    return result
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(maps.shape[-2:]) == size:
-        return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+@torch.no_grad()
+def semantic_maps(
+    stage: StageOutput, sizes: Sequence[ImageSize], *, padded_size: tuple[int, int]
+) -> list[SemanticMap]:
+    """Return the likeliest class of every pixel (spec 6.6, "whole").
+
+    Logits are resized to the padded input and, without the padding, to the original; a softmax
+    would not change which is greatest.
+
+    Args:
+        stage: One mask per class.
+        sizes: One per image.
+        padded_size: (H, W) of the padded batch.
+    """
+    results = []
+    for masks, size in zip(stage.masks, sizes, strict=True):
+        logits = masks.float().contiguous()
+        winner = running_argmax(
+            to_original(logits[None, part], padded_size, size)[0] for part in chunks(len(logits))
+        )
+        results.append(SemanticMap(labels=winner.to(torch.uint8)))
+    return results

@@ -1,7 +1,7 @@
 """One optimizer step of one worker: accumulation, mixed precision, clipping, the NaN guard."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,15 @@ class Trainer:
         self._replica: nn.Module = self.model
         if world_size() > 1:
             self._replica = DistributedDataParallel(self.model)
+        self._network: Callable[[Tensor], KNetOutput] = self._replica
+        if recipe.train.compile:
+            self._network = torch.compile(self._replica)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(self.model, recipe.optim)
-        self._autocast = _AUTOCAST.get(recipe.train.precision) if device.type == "cuda" else None
+        autocast = _AUTOCAST.get(recipe.train.precision)
+        # fp16 needs the loss scale, which torch has for GPUs.
+        fits = device.type == "cuda" or autocast is torch.bfloat16
+        self._autocast = autocast if fits else None
         self._scaler = torch.amp.GradScaler("cuda", enabled=self._autocast is torch.float16)
 
     @property
@@ -123,7 +129,7 @@ class Trainer:
         with torch.autocast(
             self._device.type, dtype=self._autocast, enabled=self._autocast is not None
         ):
-            output: KNetOutput = self._replica(there.images)
+            output = self._network(there.images)
         try:
             return self.model.criterion(output, there.targets).named()
         except NonFiniteError as error:

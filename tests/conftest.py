@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +56,64 @@ def ray_cluster() -> Iterator[str]:
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture
+def published_weights() -> dict[str, Any]:
+    """Random weights of a tiny instance K-Net by their published names (KNET_SPEC 9.2).
+
+    timm's test_resnet, 32 channels, 10 kernels, 2 updates with 64 hidden channels, 2 classes.
+    """
+    import timm
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    trunk = timm.create_model("test_resnet", features_only=True, out_indices=(-4, -3, -2, -1))
+    weights = {}
+    for name, value in trunk.state_dict().items():  # its stem is ResNet-C's
+        name = re.sub(r"^conv1\.", "stem.", re.sub(r"^bn1\.", "stem.7.", name))
+        weights[f"backbone.{name}"] = value
+
+    def add(name: str, *shape: int, bias: bool = True) -> None:
+        weights[f"{name}.weight"] = torch.randn(*shape, generator=generator) * 0.1
+        if bias:
+            weights[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+
+    def add_unit(name: str, kernel: int) -> None:
+        add(f"{name}.conv", 32, 32, kernel, kernel, bias=False)
+        add(f"{name}.gn", 32)
+
+    for level, width in enumerate(trunk.feature_info.channels()):
+        add(f"neck.lateral_convs.{level}.conv", 32, width, 1, 1)
+        add(f"neck.fpn_convs.{level}.conv", 32, 32, 3, 3)
+    head = "rpn_head.localization_fpn"
+    for place in ("0.conv0", "1.conv0", "2.conv0", "2.conv1", "3.conv0", "3.conv1", "3.conv2"):
+        add_unit(f"{head}.convs_all_levels.{place}", 3)
+    for name in (f"{head}.conv_pred", f"{head}.aux_convs.0"):
+        add_unit(name, 1)
+    for name in ("rpn_head.loc_convs.0", "rpn_head.seg_convs.0"):
+        add_unit(name, 1)
+    add("rpn_head.init_kernels", 10, 32, 1, 1, bias=False)
+    add("rpn_head.conv_seg", 2, 32, 1, 1)
+    for stage in range(2):
+        name = f"roi_head.mask_head.{stage}"
+        update = f"{name}.kernel_update_conv"
+        add(f"{name}.feat_transform.conv", 32, 32, 1, 1)
+        for part in ("dynamic_layer", "input_layer"):
+            add(f"{update}.{part}", 64, 32)
+        for part in ("input_gate", "update_gate", "fc_layer"):
+            add(f"{update}.{part}", 32, 32)
+        for part in ("norm_in", "norm_out", "input_norm_in", "input_norm_out", "fc_norm"):
+            add(f"{update}.{part}", 32)
+        weights[f"{name}.attention.attn.in_proj_weight"] = torch.randn(96, 32) * 0.1
+        weights[f"{name}.attention.attn.in_proj_bias"] = torch.zeros(96)
+        add(f"{name}.attention.attn.out_proj", 32, 32)
+        for part in ("attention_norm", "ffn_norm", "cls_fcs.1", "mask_fcs.1"):
+            add(f"{name}.{part}", 32)
+        add(f"{name}.ffn.layers.0.0", 64, 32)
+        add(f"{name}.ffn.layers.1", 32, 64)
+        for part in ("cls_fcs.0", "mask_fcs.0"):
+            add(f"{name}.{part}", 32, 32, bias=False)
+        add(f"{name}.fc_cls", 2, 32)
+        add(f"{name}.fc_mask", 32, 32)
+    return weights

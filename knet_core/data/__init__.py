@@ -1,4 +1,4 @@
-"""Data sets: COCO instances and the synthetic shapes, their loading, and their fingerprint.
+"""Data sets (COCO, COCO panoptic, ADE20K, synthetic shapes), their loading and fingerprint.
 
 Finding and fingerprinting files and rendering shapes work without torch; everything else is
 imported on first use, so that planning a sweep stays fast.
@@ -12,6 +12,7 @@ from knet_core.data.paths import data_fingerprint, resolve_root
 if TYPE_CHECKING:
     from knet_core.data.dataset import Sample, SegmentationDataset, build_dataset, collate
     from knet_core.data.export import make_shapes
+    from knet_core.data.files import load_image
     from knet_core.data.loading import TrainStream, eval_loader, train_loader
     from knet_core.data.source import Category
 
@@ -23,6 +24,7 @@ _HOME = {
     "build_dataset": "dataset",
     "collate": "dataset",
     "eval_loader": "loading",
+    "load_image": "files",
     "make_shapes": "export",
     "train_loader": "loading",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "collate",
     "data_fingerprint",
     "eval_loader",
+    "load_image",
     "make_shapes",
     "resolve_root",
     "train_loader",

@@ -1,20 +1,22 @@
 """COCO instances: images in a folder, objects in one JSON file; decoded only when asked for."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as mask_api
 
 from knet_core.data.coco_index import read_index, run_lengths
+from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, read_image
 from knet_core.data.paths import SplitFiles
-from knet_core.data.source import ImageRecord
+from knet_core.data.source import (
+    IGNORED,
+    MOST_LABELS,
+    ImageRecord,
+    PanopticTruth,
+    image_entry,
+)
 from knet_core.errors import DataError
-
-_SMALLEST_SIDE = 32
-"""Training drops images with a shorter side (as the authors' recipe does)."""
 
 
 class CocoSource:
@@ -37,19 +39,10 @@ class CocoSource:
             objects = np.zeros(len(index.image_ids), dtype=np.int64)
             owners = np.repeat(self._kept, np.diff(index.first))
             np.add.at(objects, owners, ~index.crowd[index.order])
-            large = (index.sizes >= _SMALLEST_SIDE).all(axis=1)
+            large = (index.sizes >= SMALLEST_SIDE).all(axis=1)
             self._kept = self._kept[(objects > 0) & large]
         if not len(self._kept):
-            raise DataError(
-                f"{files.annotations}: none of its {len(index.image_ids)} images can be used; "
-                f"expected at least one"
-                + (
-                    f" of {_SMALLEST_SIDE} pixels a side with an object that is not crowd: "
-                    f"check the image_id of the annotations"
-                    if training
-                    else ": list the images"
-                )
-            )
+            raise no_image_left(files, len(index.image_ids), training=training)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -74,14 +67,7 @@ class CocoSource:
         record = self.record(index)
         path = self._files.images / record.file_name
         pixels = read_image(path)
-        if pixels.shape[:2] != (record.height, record.width):
-            height, width = pixels.shape[:2]
-            raise DataError(
-                f"{path}: image {record.id} is {width} x {height} pixels, expected "
-                f"{record.width} x {record.height} from {self._files.annotations.name}; "
-                f"correct its width and height there or restore the image (EXIF rotation is "
-                f"not applied)"
-            )
+        check_size(path, pixels, record, self._files.annotations.name)
         return pixels
 
     def objects(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -94,6 +80,34 @@ class CocoSource:
             return np.zeros(0, dtype=np.int64), np.zeros((0, height, width), dtype=np.uint8)
         masks = [_decode(table.rle(a, height, width)["counts"], height, width) for a in single]
         return table.labels[single], np.stack(masks)
+
+    def semantic(self, index: int) -> NDArray[np.uint8] | None:
+        """Return 255 on crowds and the number of classes elsewhere (H0, W0); None without crowds.
+
+        None also where that number does not fit into a byte.
+        """
+        table = self._index
+        image = int(self._kept[index])
+        height, width = table.sizes[image].tolist()
+        crowds = [a for a in table.annotations(image).tolist() if table.crowd[a]]
+        if not crowds or len(self.categories) > MOST_LABELS:
+            return None
+        labels = np.full((height, width), len(self.categories), dtype=np.uint8)
+        for annotation in crowds:
+            counts = table.rle(annotation, height, width)["counts"]
+            labels[_decode(counts, height, width).view(np.bool_)] = IGNORED
+        return labels
+
+    def panoptic(self, index: int) -> PanopticTruth:
+        """Refuse: instance files hold no panoptic map.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            f"{self._files.annotations}: holds instances, no panoptic segments; expected "
+            f"data.format=coco_panoptic with a panoptic JSON file"
+        )
 
     def ground_truth(self) -> dict[str, Any]:
         """Return COCO's form with masks as run lengths.
@@ -120,10 +134,7 @@ class CocoSource:
                     }
                 )
         return {
-            "images": [
-                {"id": r.id, "file_name": r.file_name, "height": r.height, "width": r.width}
-                for r in map(self.record, range(len(self)))
-            ],
+            "images": [image_entry(self.record(index)) for index in range(len(self))],
             "annotations": annotations,
             "categories": [{"id": c.id, "name": c.name} for c in self.categories],
         }
@@ -134,22 +145,3 @@ def _decode(counts: bytes, height: int, width: int) -> NDArray[np.uint8]:
     lengths = run_lengths(counts)
     values = (np.arange(len(lengths)) % 2).astype(np.uint8)
     return values.repeat(lengths).reshape(width, height).T
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Decode an image file to (H, W, 3) RGB.
-
-    Raises:
-        DataError: The file is missing, cut short, not an image, or has more than 8 bits a channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{path}: pixels of mode {image.mode}; expected 8 bits a channel: convert it"
-                )
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be decoded ({error}); expected a whole image: fetch or write it again"
-        ) from None

@@ -4,8 +4,6 @@ A parsed COCO file is millions of small Python objects, several gigabytes that e
 would copy. Here polygons become one array of numbers as they leave the JSON parser, and run
 lengths one byte string, so that loader processes share them.
 
-Every problem found is one line; all problems of a file are reported together.
-
 The rule for polygons: what crosses the border is clipped, as COCO's own tools do. A polygon is an
 error if it lies outside its image by more than a pixel, or reaches further out than the image is
 large: then it belongs to another image or another size.
@@ -13,9 +11,6 @@ large: then it belongs to another image or another size.
 
 import contextlib
 import itertools
-import json
-import os
-import posixpath
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -25,11 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
+from knet_core.data.coco_json import (
+    Problems,
+    get,
+    is_id,
+    parse,
+    read_categories,
+    read_images,
+    report_unknown,
+)
 from knet_core.data.paths import SplitFiles
 from knet_core.data.source import Category
-from knet_core.errors import DataError
 
-_MOST_PROBLEMS = 20
 _ROUNDING = 1.0
 """Pixels by which a polygon may lie outside; annotation tools round."""
 
@@ -89,156 +91,69 @@ def read_index(files: SplitFiles) -> CocoIndex:
         DataError: The file is not COCO instance JSON, or some of its entries cannot be used; one
             line for each problem.
     """
-    return _Reader(files).read()
+    document = parse(files.annotations, "instances", _compact)
+    problems = Problems(files.annotations)
+    categories = read_categories(document["categories"], problems, kinds=False)
+    image_ids, file_names, sizes = read_images(document["images"], files, problems)
+    reader = _Annotations(categories, image_ids, sizes, problems)
+    columns = reader.read(document["annotations"])
+    problems.raise_all()
+    owners = columns.pop("owners")
+    order = np.argsort(owners, kind="stable").astype(np.int64)
+    return CocoIndex(
+        categories=categories,
+        image_ids=np.asarray(image_ids, dtype=np.int64),
+        file_names=tuple(file_names),
+        sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
+        order=order,
+        first=np.searchsorted(owners[order], np.arange(len(image_ids) + 1)),
+        **columns,
+    )
 
 
-class _Reader:
-    """Walks over one file once, collecting problems on the way."""
+class _Annotations:
+    """Walks over a file's annotations once, collecting problems on the way."""
 
-    def __init__(self, files: SplitFiles) -> None:
-        self.files = files
-        self.problems: list[str] = []
-
-    def problem(self, where: str, text: str) -> None:
-        self.problems.append(f"{self.files.annotations}: {where}: {text}")
-
-    def read(self) -> CocoIndex:
-        document = self._parse()
-        categories = self._categories(document["categories"])
-        image_ids, file_names, sizes = self._images(document["images"])
-        self._check_files(image_ids, file_names)
-        columns = self._annotations(document["annotations"], categories, image_ids, sizes)
-        self._raise_problems()
-        owners = columns.pop("owners")
-        order = np.argsort(owners, kind="stable").astype(np.int64)
-        return CocoIndex(
-            categories=categories,
-            image_ids=np.asarray(image_ids, dtype=np.int64),
-            file_names=tuple(file_names),
-            sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
-            order=order,
-            first=np.searchsorted(owners[order], np.arange(len(image_ids) + 1)),
-            **columns,
-        )
-
-    def _raise_problems(self) -> None:
-        if not self.problems:
-            return
-        shown = self.problems[:_MOST_PROBLEMS]
-        if hidden := len(self.problems) - len(shown):
-            shown.append(f"{self.files.annotations}: and {hidden} more problems")
-        raise DataError("\n".join(shown))
-
-    def _parse(self) -> dict[str, list[Any]]:
-        path = self.files.annotations
-        try:
-            document: Any = json.loads(path.read_bytes(), object_hook=_compact)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: not JSON ({error}); expected COCO instances: write or download it again"
-            ) from None
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); check the file's permissions"
-            ) from None
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(document, dict) or not isinstance(document.get(key), list):
-                raise DataError(
-                    f"{path}: no list named {key!r}; expected COCO instances with images, "
-                    f"annotations and categories: check that this is the instances file"
-                )
-        checked: dict[str, list[Any]] = document
-        return checked
-
-    def _categories(self, entries: list[Any]) -> tuple[Category, ...]:
-        found = []
-        for position, entry in enumerate(entries):
-            if not (_is_id(_get(entry, "id")) and isinstance(_get(entry, "name"), str)):
-                self.problem(f"categories[{position}]", "expected an integer id and a name")
-            else:
-                found.append(Category(entry["id"], entry["name"]))
-        for number in _repeated([category.id for category in found]):
-            self.problem(f"category id {number}", "listed twice; give every class its own id")
-        if not entries:
-            self.problem("categories", "empty; expected at least one class")
-        return tuple(sorted(found, key=lambda category: category.id))
-
-    def _images(self, entries: list[Any]) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-        ids, names, sizes = [], [], []
-        for position, entry in enumerate(entries):
-            number, name = _get(entry, "id"), _get(entry, "file_name")
-            size = _get(entry, "height"), _get(entry, "width")
-            if not (_is_id(number) and isinstance(name, str)):
-                self.problem(f"images[{position}]", "expected an integer id and a file_name")
-            elif not all(_is_id(side) and side > 0 for side in size):
-                self.problem(
-                    f"image {number}",
-                    f"height {size[0]!r}, width {size[1]!r}; expected pixels, both > 0",
-                )
-            else:
-                ids.append(number)
-                names.append(name)
-                sizes.append(size)
-        for number in _repeated(ids):
-            self.problem(f"image id {number}", "listed twice; give every image its own id")
-        return ids, names, sizes
-
-    def _check_files(self, ids: list[int], names: list[str]) -> None:
-        """Look every image up, reading each folder once."""
-        root, images = str(self.files.root), posixpath.normpath(self.files.images)
-        allowed = (root.rstrip("/") + "/", images + "/")  # the recipe may place images elsewhere
-        listings: dict[str, set[str]] = {}
-        for number, name in zip(ids, names, strict=True):
-            path = posixpath.normpath(posixpath.join(images, name))
-            if not path.startswith(allowed):
-                self.problem(
-                    f"image {number}",
-                    f"file_name {name!r} points outside the data set {root}; expected a path "
-                    f"below {images}: correct the file_name",
-                )
-                continue
-            folder, _, leaf = path.rpartition("/")
-            if folder not in listings:
-                listings[folder] = _list_files(folder)
-            if leaf not in listings[folder]:
-                self.problem(
-                    f"image {number}",
-                    f"no image file {path}; add the file or remove the entry and its annotations",
-                )
-
-    def _annotations(
+    def __init__(
         self,
-        entries: list[Any],
         categories: tuple[Category, ...],
         image_ids: list[int],
         sizes: list[tuple[int, int]],
-    ) -> dict[str, Any]:
-        place = {number: position for position, number in enumerate(image_ids)}
-        label = {category.id: position for position, category in enumerate(categories)}
+        problems: Problems,
+    ) -> None:
+        self._categories = categories
+        self._image_ids = image_ids
+        self._sizes = sizes
+        self._problems = problems
+
+    def read(self, entries: list[Any]) -> dict[str, Any]:
+        """Return the columns of the index that hold one row per annotation, and `owners`."""
+        place = {number: position for position, number in enumerate(self._image_ids)}
+        label = {category.id: position for position, category in enumerate(self._categories)}
         owners, labels, crowd, areas = array("q"), array("q"), array("b"), array("d")
         polygon_first, point_first, run_first = array("q", [0]), array("q", [0]), array("q", [0])
         points, runs = array("d"), bytearray()
         names: list[object] = []
-        unknown: dict[str, Counter[object]] = {"category": Counter(), "image": Counter()}
+        unknown: dict[str, Counter[str]] = {"category": Counter(), "image": Counter()}
         for position, entry in enumerate(entries):
-            name = _get(entry, "id", f"at position {position}")
-            image, category = _get(entry, "image_id"), _get(entry, "category_id")
-            known_image = _is_id(image) and image in place
-            known_category = _is_id(category) and category in label
+            name = get(entry, "id", f"at position {position}")
+            image, category = get(entry, "image_id"), get(entry, "category_id")
+            known_image = is_id(image) and image in place
+            known_category = is_id(category) and category in label
             if not known_image:
                 unknown["image"][repr(image)] += 1
             if not known_category:
                 unknown["category"][repr(category)] += 1
             if not (known_image and known_category):
                 continue
-            segmentation = _get(entry, "segmentation")
-            height, width = sizes[place[image]]
+            segmentation = get(entry, "segmentation")
+            height, width = self._sizes[place[image]]
             if isinstance(segmentation, tuple):
                 wrong = _polygon_fault(segmentation)
             else:
                 counts, wrong = _compress(segmentation, height, width)
             if wrong:
-                self.problem(f"annotation {name}", wrong)
+                self._problems.add(f"annotation {name}", wrong)
                 continue
             if isinstance(segmentation, tuple):
                 for polygon in segmentation:
@@ -254,19 +169,8 @@ class _Reader:
             areas.append(area if isinstance(area, int | float) else float("nan"))
             polygon_first.append(len(point_first) - 1)
             run_first.append(len(runs))
-        listed = _short_list([category.id for category in categories])
-        for number, times in unknown["category"].items():
-            self.problem(
-                f"category id {number}",
-                f"used by {times} annotations but not in the list of categories ({listed}); "
-                f"add the category or correct the annotations",
-            )
-        for number, times in unknown["image"].items():
-            self.problem(
-                f"image id {number}",
-                f"used by {times} annotations but not in the list of images; add the image or "
-                f"remove the annotations",
-            )
+        for kind, counter in unknown.items():
+            report_unknown(kind, counter, self._categories, self._problems)
         columns: dict[str, Any] = {
             "owners": np.array(owners, dtype=np.int64),
             "labels": np.array(labels, dtype=np.int64),
@@ -278,16 +182,10 @@ class _Reader:
             "run_first": np.array(run_first, dtype=np.int64),
             "runs": bytes(runs),
         }
-        self._check_polygons(columns, names, image_ids, sizes)
+        self._check_polygons(columns, names)
         return columns
 
-    def _check_polygons(
-        self,
-        columns: dict[str, Any],
-        names: list[object],
-        image_ids: list[int],
-        sizes: list[tuple[int, int]],
-    ) -> None:
+    def _check_polygons(self, columns: dict[str, Any], names: list[object]) -> None:
         """Compare all polygons with their images at once."""
         if not len(columns["points"]):
             return
@@ -296,7 +194,7 @@ class _Reader:
         low = np.minimum.reduceat(points, starts)
         high = np.maximum.reduceat(points, starts)
         annotations = np.repeat(np.arange(len(names)), np.diff(columns["polygon_first"]))
-        extent = np.asarray(sizes, dtype=np.float64)[columns["owners"][annotations]][:, ::-1]
+        extent = np.asarray(self._sizes, dtype=np.float64)[columns["owners"][annotations]][:, ::-1]
         inside = (
             (high >= -_ROUNDING)
             & (low <= extent + _ROUNDING)
@@ -306,10 +204,10 @@ class _Reader:
         for bad in np.flatnonzero(~inside.all(axis=1)).tolist():
             annotation = int(annotations[bad])
             owner = int(columns["owners"][annotation])
-            height, width = sizes[owner]
-            self.problem(
+            height, width = self._sizes[owner]
+            self._problems.add(
                 f"annotation {names[annotation]}",
-                f"polygon outside its image {image_ids[owner]}: x from {low[bad, 0]:g} to "
+                f"polygon outside its image {self._image_ids[owner]}: x from {low[bad, 0]:g} to "
                 f"{high[bad, 0]:g}, y from {low[bad, 1]:g} to {high[bad, 1]:g}; expected x in "
                 f"0..{width}, y in 0..{height}: correct the polygon or the image's size",
             )
@@ -358,7 +256,7 @@ def _polygon_fault(polygons: tuple[Any, ...]) -> str | None:
 
 def _compress(segmentation: Any, height: int, width: int) -> tuple[bytes, str | None]:
     """Return compressed run lengths, or what is wrong with them."""
-    counts, size = _get(segmentation, "counts"), _get(segmentation, "size")
+    counts, size = get(segmentation, "counts"), get(segmentation, "size")
     if not isinstance(counts, str | list):
         return b"", "no usable segmentation; expected a list of polygons or {size, counts}"
     if size != [height, width]:
@@ -366,7 +264,7 @@ def _compress(segmentation: Any, height: int, width: int) -> tuple[bytes, str | 
     if isinstance(counts, str):
         compressed = counts.encode("ascii", errors="replace")
         lengths = run_lengths(compressed)
-    elif all(_is_id(count) for count in counts):
+    elif all(is_id(count) for count in counts):
         lengths = np.array(counts, dtype=np.int64)
         compressed = b""
     else:
@@ -379,29 +277,3 @@ def _compress(segmentation: Any, height: int, width: int) -> tuple[bytes, str | 
     if not compressed:
         compressed = mask_api.frPyObjects(segmentation, height, width)["counts"]
     return compressed, None
-
-
-def _list_files(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return set()
-
-
-def _get(entry: Any, key: str, default: Any = None) -> Any:
-    return entry.get(key, default) if isinstance(entry, dict) else default
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _repeated(ids: list[int]) -> list[int]:
-    return [number for number, times in Counter(ids).items() if times > 1]
-
-
-def _short_list(ids: list[int]) -> str:
-    if len(ids) <= 12:
-        return ", ".join(map(str, ids))
-    return f"{len(ids)} ids from {ids[0]} to {ids[-1]}"

@@ -10,19 +10,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from knet_core.config import DataConfig
+from knet_core.config import DataConfig, DataFormat, Task
 from knet_core.data.coco import CocoSource
+from knet_core.data.coco_panoptic import CocoPanopticSource
 from knet_core.data.paths import Split, find_split
+from knet_core.data.photometric import draw_distortion
+from knet_core.data.semantic_folder import SemanticFolderSource
 from knet_core.data.shapes import ShapesSource
-from knet_core.data.source import Category, Source
+from knet_core.data.source import Category, PanopticTruth, Source
 from knet_core.data.transforms import (
     evaluation_geometry,
     image_tensor,
     mask_tensor,
     training_geometry,
 )
-from knet_core.structures import Batch, ImageInfo, Instances, Targets
+from knet_core.errors import ConfigError
+from knet_core.structures import (
+    IGNORE,
+    Batch,
+    ImageInfo,
+    Instances,
+    PanopticMap,
+    Prediction,
+    Segment,
+    SemanticMap,
+    Targets,
+)
 
+_TASKS: dict[DataFormat, tuple[Task, ...]] = {
+    "coco": ("instance",),
+    "coco_panoptic": ("panoptic", "instance", "semantic"),
+    "ade20k": ("semantic",),
+    "shapes": ("instance", "panoptic", "semantic"),
+}
+"""What each format can serve."""
 _STRIDE = 32
 """The network's coarsest stride; inputs are padded to multiples of it."""
 
@@ -38,16 +59,26 @@ class Sample:
 
 
 class SegmentationDataset:
-    """One split: images with labelled masks.
+    """One split: images with what a task asks of them.
 
     Args:
-        source: Where images and objects come from.
-        config: Sizes and flips.
+        source: Where images and their annotations come from.
+        config: Sizes and augmentation.
         training: Augment; evaluation resizes only.
         seed: Of the augmentation.
+        task: What targets and ground truth hold.
     """
 
-    def __init__(self, source: Source, config: DataConfig, *, training: bool, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        training: bool,
+        seed: int,
+        task: Task = "instance",
+    ) -> None:
+        self.task: Task = task
         self._source = source
         self._config = config
         self._training = training
@@ -58,7 +89,7 @@ class SegmentationDataset:
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """Classes sorted by id; a label is a position in this list."""
+        """Classes, things first; a label is a position in this list."""
         return self._source.categories
 
     @property
@@ -72,38 +103,67 @@ class SegmentationDataset:
         Objects that vanish at the network's input size are left out; an image may have none.
 
         Raises:
-            DataError: The image cannot be decoded or has not the stated size.
+            DataError: The image or its annotations cannot be decoded, or differ in size.
         """
         record = self._source.record(index)
         original = (record.height, record.width)
+        labels, masks = self._objects(index, original)
+        semantic = self._source.semantic(index)
+        distortion = None
         if self._training:
             rng = np.random.default_rng((self._seed, epoch, index))
-            geometry = training_geometry(original, self._config, rng)
+            geometry = training_geometry(original, self._config, rng, semantic)
+            distortion = draw_distortion(rng) if self._config.photometric else None
         else:
             geometry = evaluation_geometry(original, self._config)
-        labels, masks = self._source.objects(index)
         resized = mask_tensor(masks, geometry)
-        targets = Targets(labels=torch.from_numpy(labels), masks=resized)
         visible = resized.flatten(1).any(dim=1).bool()  # of uint8, `any` is uint8
-        if not visible.all():
-            targets = Targets(labels=targets.labels[visible], masks=resized[visible])
+        everything = bool(visible.all())
+        targets = Targets(
+            labels=torch.from_numpy(labels) if everything else torch.from_numpy(labels)[visible],
+            masks=resized if everything else resized[visible],
+            semantic=None
+            if semantic is None
+            else mask_tensor(semantic[None], geometry, padding=IGNORE)[0],
+        )
         return Sample(
-            image=image_tensor(self._source.image(index), geometry),
+            image=image_tensor(self._source.image(index), geometry, distortion),
             targets=targets,
             info=ImageInfo(
                 image_id=record.id,
                 file_name=record.file_name,
-                input_size=geometry.size,
+                input_size=geometry.final_size,
                 original_size=original,
             ),
         )
+
+    def _objects(
+        self, index: int, size: tuple[int, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        if self.task != "semantic":
+            return self._source.objects(index)
+        return np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
 
     def raw_image(self, index: int) -> NDArray[np.uint8]:
         """Return the stored pixels, (H0, W0, 3) RGB."""
         return self._source.image(index)
 
-    def instances(self, index: int) -> Instances:
-        """Return the ground truth of one image at its stored size, every score 1."""
+    def truth(self, index: int) -> Prediction:
+        """Return the ground truth of one image at its stored size, every score 1.
+
+        Crowds are left out of instances; a panoptic map shows them as segments.
+        """
+        if self.task == "semantic":
+            return SemanticMap(labels=torch.from_numpy(self.semantic(index)))
+        if self.task == "panoptic":
+            found = self.panoptic(index)
+            return PanopticMap(
+                ids=torch.from_numpy(found.ids),
+                segments=tuple(
+                    Segment(id=segment.id, label=segment.label, score=1.0)
+                    for segment in found.segments
+                ),
+            )
         labels, masks = self._source.objects(index)
         return Instances(
             scores=torch.ones(len(labels)),
@@ -111,24 +171,52 @@ class SegmentationDataset:
             masks=torch.from_numpy(masks).bool(),
         )
 
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """Return the label of every stored pixel (H0, W0), 255 for void and crowds."""
+        labels = self._source.semantic(index)
+        assert labels is not None, "build_dataset refuses formats without label maps"
+        return labels
+
+    def panoptic(self, index: int) -> PanopticTruth:
+        """Return the segments of one image at its stored size."""
+        return self._source.panoptic(index)
+
     def ground_truth(self) -> dict[str, Any]:
         """Return images, annotations and categories in COCO's form, for evaluation."""
         return self._source.ground_truth()
 
+    def places(self) -> dict[int, int]:
+        """Return the index of every image id."""
+        return {self._source.record(index).id: index for index in range(len(self))}
 
-def build_dataset(config: DataConfig, split: Split, *, seed: int) -> SegmentationDataset:
+
+def build_dataset(
+    config: DataConfig, split: Split, *, seed: int, task: Task = "instance"
+) -> SegmentationDataset:
     """Return one split of the data set that `config` describes.
 
     Raises:
+        ConfigError: The format holds no annotations for the task.
         DataError: Files are missing or annotations cannot be used; one line for each problem.
     """
     training = split == "train"
+    if task not in _TASKS[config.format]:
+        formats = [name for name, tasks in _TASKS.items() if task in tasks]
+        raise ConfigError(
+            f"data.format: {config.format} holds no annotations for model.task={task}; expected "
+            f"{', '.join(formats[:-1])} or {formats[-1]}: choose such a data set, or "
+            f"model.task={' or '.join(_TASKS[config.format])}"
+        )
     source: Source
     if config.format == "shapes":
-        source = ShapesSource(config.shapes, split)
+        source = ShapesSource(config.shapes, split, task=task)
+    elif config.format == "ade20k":
+        source = SemanticFolderSource(find_split(config, split), config)
+    elif config.format == "coco_panoptic":
+        source = CocoPanopticSource(find_split(config, split), training=training, task=task)
     else:
         source = CocoSource(find_split(config, split), training=training)
-    return SegmentationDataset(source, config, training=training, seed=seed)
+    return SegmentationDataset(source, config, training=training, seed=seed, task=task)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -29,11 +29,12 @@ from knet_core.data.paths import Split
 from knet_core.data.shapes import (
     STUFF_CATEGORIES,
     THING_CATEGORIES,
-    Scene,
     ShapesSource,
-    image_entry,
     instance_annotations,
+    panoptic_truth,
+    semantic_labels,
 )
+from knet_core.data.source import PanopticTruth, image_entry
 from knet_core.errors import DataError, DiskFullError
 
 _ADE_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
@@ -123,14 +124,20 @@ def _write_split(folder: Path, source: ShapesSource, split: Split) -> Iterator[N
         picture = _png(scene.image)
         (folder / split / record.file_name).write_bytes(picture)
         (ade_images / record.file_name).write_bytes(picture)
-        semantic, ids, infos = _panoptic(scene)
-        (ade_labels / record.file_name).write_bytes(_png(semantic))
-        rgb = np.stack([ids, np.zeros_like(ids), np.zeros_like(ids)], axis=-1)
+        (ade_labels / record.file_name).write_bytes(_png(semantic_labels(scene) + np.uint8(1)))
+        truth = panoptic_truth(scene)
+        # A few objects and stuff regions: their numbers need the red channel only.
+        red = truth.ids.astype(np.uint8)
+        rgb = np.stack([red, np.zeros_like(red), np.zeros_like(red)], axis=-1)
         (panoptic / record.file_name).write_bytes(_png(rgb))
         images.append(image_entry(record))
         objects += instance_annotations(scene, record.id, first_id=len(objects) + 1)
         segments.append(
-            {"image_id": record.id, "file_name": record.file_name, "segments_info": infos}
+            {
+                "image_id": record.id,
+                "file_name": record.file_name,
+                "segments_info": _segments_info(truth),
+            }
         )
         yield
     things = [{"id": c.id, "name": c.name, "supercategory": "thing"} for c in THING_CATEGORIES]
@@ -143,39 +150,23 @@ def _write_split(folder: Path, source: ShapesSource, split: Split) -> Iterator[N
     _write_json(annotations / f"panoptic_{split}.json", images, segments, everything)
 
 
-def _panoptic(
-    scene: Scene,
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[dict[str, Any]]]:
-    """Return category ids and segment ids per pixel, and COCO's list of segments.
-
-    Segment ids stay below 256 (a few objects and stuff regions), so they need the PNG's red
-    channel only.
-    """
-    semantic = (scene.stuff + np.uint8(STUFF_CATEGORIES[0].id)).astype(np.uint8)
-    for label, mask in zip(scene.labels.tolist(), scene.masks, strict=True):
-        semantic[mask] = THING_CATEGORIES[label].id
-    ids = np.zeros_like(semantic)
+def _segments_info(truth: PanopticTruth) -> list[dict[str, Any]]:
+    """Return COCO's list of segments."""
     infos: list[dict[str, Any]] = []
-    covered = scene.masks.any(axis=0)
-    stuff = [(c.id, (semantic == c.id) & ~covered) for c in STUFF_CATEGORIES]
-    things = zip((THING_CATEGORIES[i].id for i in scene.labels), scene.masks, strict=True)
-    for category, mask in [*things, *stuff]:
-        if not mask.any():
-            continue
-        number = len(infos) + 1
-        ids[mask] = number
+    for segment in truth.segments:
+        mask = truth.ids == segment.id
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         x, y = int(columns[0]), int(rows[0])
         infos.append(
             {
-                "id": number,
-                "category_id": category,
+                "id": segment.id,
+                "category_id": segment.label + 1,
                 "iscrowd": 0,
                 "area": int(mask.sum()),
                 "bbox": [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1],
             }
         )
-    return semantic, ids, infos
+    return infos
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

@@ -13,6 +13,11 @@ from knet_core.errors import DataError
 
 Split = Literal["train", "val"]
 
+CLASSES_FILE = "classes.txt"
+"""In the root of an ADE20K-like set: line n names category id n."""
+_PNG_TAIL = 20
+"""Adler-32 of all pixels, CRC-32 of the last data chunk, and the closing chunk of a PNG."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitFiles:
@@ -41,20 +46,24 @@ def resolve_root(config: DataConfig) -> Path:
 
 
 def find_split(config: DataConfig, split: Split) -> SplitFiles:
-    """Return the first existing candidates of one split's image folder and annotation file.
+    """Return the first existing candidates of one split's images and annotations.
+
+    Annotations are a folder in ADE20K's layout and a file in the others.
 
     Raises:
-        DataError: The root, every image folder or every annotation file is missing.
+        DataError: The root, every image folder or all annotations are missing.
     """
     root = resolve_root(config)
     candidates = config.train if split == "train" else config.val
     images = next((root / name for name in candidates.images if (root / name).is_dir()), None)
+    kind = "folder" if config.format == "ade20k" else "file"
+    exists = Path.is_dir if kind == "folder" else Path.is_file
     annotations = next(
-        (root / name for name in candidates.annotations if (root / name).is_file()), None
+        (root / name for name in candidates.annotations if exists(root / name)), None
     )
     missing = []
     if annotations is None:
-        missing.append(_nothing_of("annotations", "file", split, root, candidates.annotations))
+        missing.append(_nothing_of("annotations", kind, split, root, candidates.annotations))
     if images is None:
         missing.append(_nothing_of("images", "folder", split, root, candidates.images))
     if annotations is None or images is None:
@@ -65,7 +74,11 @@ def find_split(config: DataConfig, split: Split) -> SplitFiles:
 def data_fingerprint(config: DataConfig) -> str:
     """Return 64 hex digits that change whenever either split's annotations change.
 
-    Synthetic shapes are identified by their parameters, since those determine every pixel.
+    The same on every machine: times of files do not count. Synthetic shapes are identified by
+    their parameters, since those determine every pixel. Annotation files are hashed whole. Folders
+    of label maps may hold 20,000 of them, so of each only name, size and last bytes are taken: a
+    PNG ends with the checksum of its pixels. The segments of a panoptic JSON file state area and
+    box of each, so of their PNGs only names and sizes are taken.
 
     Raises:
         DataError: A file of the data set is missing.
@@ -73,13 +86,31 @@ def data_fingerprint(config: DataConfig) -> str:
     if config.format == "shapes":
         parameters = json.dumps(asdict(config.shapes), sort_keys=True)
         return hashlib.sha256(f"shapes {parameters}".encode()).hexdigest()
-    digest = hashlib.sha256(b"coco")
+    digest = hashlib.sha256(config.format.encode())
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        path = find_split(config, split).annotations
-        stat = path.stat()
-        digest.update(_file_digest(path, stat.st_size, stat.st_mtime_ns))
+        annotations = find_split(config, split).annotations
+        if config.format == "ade20k":
+            _add_folder(digest, annotations, tail=_PNG_TAIL)
+            continue
+        stat = annotations.stat()
+        digest.update(_file_digest(annotations, stat.st_size, stat.st_mtime_ns))
+        if config.format == "coco_panoptic":
+            _add_folder(digest, annotations.with_suffix(""), tail=0)
+    names = resolve_root(config) / CLASSES_FILE
+    if config.format == "ade20k" and not config.classes and names.is_file():
+        digest.update(names.read_bytes())
     return digest.hexdigest()
+
+
+def _add_folder(digest: "hashlib._Hash", folder: Path, *, tail: int) -> None:
+    """Add name, size and the last `tail` bytes of every PNG in a folder."""
+    for path in sorted(folder.glob("*.png")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        if tail:
+            with path.open("rb") as file:
+                file.seek(-min(tail, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read())
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from knet_core.config import ModelConfig
-from knet_core.models.kernel_head import PRIOR_BIAS, assemble_group_features, hard_groups
+from knet_core.models.kernel_head import (
+    PRIOR_BIAS,
+    assemble_group_features,
+    hard_classes,
+    hard_groups,
+    soft_classes,
+    soft_groups,
+)
 from knet_core.models.layers import ProjectionBranch
 from knet_core.structures import StageOutput
 
@@ -17,6 +24,7 @@ class AdaptiveKernelUpdate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.group_projection = nn.Linear(channels, 2 * channels)
         self.kernel_projection = nn.Linear(channels, 2 * channels)
         self.group_gate = nn.Sequential(
@@ -30,13 +38,22 @@ class AdaptiveKernelUpdate(nn.Module):
         self.out = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU())
 
     def forward(self, group_features: Tensor, kernels: Tensor) -> Tensor:
-        """Return updated kernels (B, N, D) from group features and kernels of that shape."""
+        """Return updated kernels (B, N, D) from group features and kernels of that shape.
+
+        D may be a multiple of the module's width: each part is then updated by itself, by the same
+        weights (as in the authors' semantic models).
+        """
+        shape = kernels.shape
+        group_features, kernels = (
+            vectors.reshape(*shape[:-1], -1, self.channels)
+            for vectors in (group_features, kernels)
+        )
         group_query, group_value = self.group_projection(group_features).chunk(2, dim=-1)
         kernel_query, kernel_value = self.kernel_projection(kernels).chunk(2, dim=-1)
         agreement = group_query * kernel_query
         mixed = self.group_gate(agreement) * self.group_norm(group_value)
         mixed = mixed + self.kernel_gate(agreement) * self.kernel_norm(kernel_value)
-        updated: Tensor = self.out(mixed)
+        updated: Tensor = self.out(mixed).reshape(shape)
         return updated
 
 
@@ -74,14 +91,22 @@ class KernelInteraction(nn.Module):
 
 
 class KernelUpdateHead(nn.Module):
-    """One stage: new kernels, classes and masks from the previous stage's kernels and masks."""
+    """One stage: new kernels, classes and masks from the previous stage's kernels and masks.
+
+    Args:
+        config: Width and switches.
+        num_classes: Classes that a kernel is scored for; 0 where kernels are classes themselves.
+    """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         channels = config.channels
+        competing = config.task == "semantic"
+        groupings = {"hard": (hard_groups, hard_classes), "soft": (soft_groups, soft_classes)}
+        self.group = groupings[config.grouping][competing]
         self.feature_transform = nn.Conv2d(channels, channels, 1)
         self.update = (
-            AdaptiveKernelUpdate(channels)
+            AdaptiveKernelUpdate(config.update_channels or channels)
             if config.adaptive_update
             else SummedKernelUpdate(channels)
         )
@@ -90,17 +115,28 @@ class KernelUpdateHead(nn.Module):
             if config.interaction
             else nn.Identity()
         )
-        self.class_branch = ProjectionBranch(channels, num_classes)
+        self.class_branch = ProjectionBranch(channels, num_classes) if num_classes else None
         self.mask_branch = ProjectionBranch(channels, channels)
-        self._initialise()
+        self._initialise(xavier=not competing)
 
-    def _initialise(self) -> None:
-        """Xavier for every matrix, zero for the attention's and the transform's biases."""
+    def _initialise(self, *, xavier: bool) -> None:
+        """Xavier for every matrix, zero for the attention's and the transform's biases.
+
+        The authors' semantic models never call their own initialiser: they keep PyTorch's, with
+        the transform as other convolutions of theirs.
+        """
+        assert self.feature_transform.bias is not None
+        nn.init.zeros_(self.feature_transform.bias)
+        if not xavier:
+            nn.init.kaiming_normal_(
+                self.feature_transform.weight, mode="fan_out", nonlinearity="relu"
+            )
+            return
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        nn.init.zeros_(self.feature_transform.bias)  # type: ignore[arg-type]
-        nn.init.constant_(self.class_branch.out.bias, PRIOR_BIAS)
+        if self.class_branch is not None:
+            nn.init.constant_(self.class_branch.out.bias, PRIOR_BIAS)
 
     def forward(self, features: Tensor, previous: StageOutput) -> StageOutput:
         """Update every kernel once.
@@ -110,8 +146,9 @@ class KernelUpdateHead(nn.Module):
             previous: The stage before; its masks have the size of `features`.
         """
         mapped = self.feature_transform(features)
-        group_features = assemble_group_features(hard_groups(previous.masks), mapped)
+        group_features = assemble_group_features(self.group(previous.masks), mapped)
         kernels = self.interaction(self.update(group_features, previous.kernels))
         dynamic = self.mask_branch(kernels)
         masks = torch.bmm(dynamic, mapped.flatten(2)).view(*dynamic.shape[:2], *mapped.shape[-2:])
-        return StageOutput(masks=masks, class_logits=self.class_branch(kernels), kernels=kernels)
+        scores = None if self.class_branch is None else self.class_branch(kernels)
+        return StageOutput(masks=masks, class_logits=scores, kernels=kernels)

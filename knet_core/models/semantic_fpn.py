@@ -14,9 +14,18 @@ from knet_core.models.positional import coordinate_channels, sine_encoding
 
 
 class SemanticFPN(nn.Module):
-    """Turns P2..P5 into the two feature maps that the static kernels convolve."""
+    """Turns P2..P5 into the feature maps that static kernels convolve and updates group.
 
-    def __init__(self, channels: int, *, positional_encoding: bool, coordinates: bool) -> None:
+    Args:
+        channels: Width of all maps.
+        positional_encoding: Add sine positions to P5.
+        coordinates: Append x and y to P5.
+        branches: 2 gives instances and semantics features of their own; 1 shares one map.
+    """
+
+    def __init__(
+        self, channels: int, *, positional_encoding: bool, coordinates: bool, branches: int = 2
+    ) -> None:
         super().__init__()
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
@@ -36,15 +45,15 @@ class SemanticFPN(nn.Module):
                 nn.Sequential(cgr(coarsest), up2(), cgr(), up2(), cgr()),
             ]
         )
-        self.instance_branch = nn.Sequential(
-            ConvGroupNorm(channels, channels, 1), ConvGroupNorm(channels, channels, 1)
-        )
-        self.semantic_branch = nn.Sequential(
-            ConvGroupNorm(channels, channels, 1), ConvGroupNorm(channels, channels, 1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                ConvGroupNorm(channels, channels, 1), ConvGroupNorm(channels, channels, 1)
+            )
+            for _ in range(branches)
         )
 
-    def forward(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return instance and semantic features, each (B, channels, H/8, W/8)."""
+    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """Return each branch's features (B, channels, H/8, W/8); instances' first."""
         *finer, coarsest = pyramid
         batch, channels, height, width = coarsest.shape
         if self.positional_encoding:
@@ -54,4 +63,4 @@ class SemanticFPN(nn.Module):
             coarsest = torch.cat([coarsest, position], dim=1)
         levels = [level(p) for level, p in zip(self.levels, (*finer, coarsest), strict=True)]
         total = levels[0] + levels[1] + levels[2] + levels[3]
-        return self.instance_branch(total), self.semantic_branch(total)
+        return [branch(total) for branch in self.branches]

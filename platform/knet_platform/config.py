@@ -26,7 +26,14 @@ COMMAND_LINE = "command line"
 
 # A data file says which data set this is. How its images enter the network (sizes, flips,
 # loader processes) stays with the recipe and the scale unless the file sets it too.
-_DESCRIPTION = ("data.format", "data.root", "data.train", "data.val", "data.shapes")
+_DESCRIPTION = (
+    "data.format",
+    "data.root",
+    "data.train",
+    "data.val",
+    "data.classes",
+    "data.shapes",
+)
 
 
 @dataclass(frozen=True, slots=True)

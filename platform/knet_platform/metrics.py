@@ -40,8 +40,14 @@ METRICS: dict[str, MetricInfo] = {
     "val/PQ_th": _share("PQ things"),
     "val/PQ_st": _share("PQ stuff"),
     "val/SQ": _share("SQ"),
+    "val/SQ_th": _share("SQ things"),
+    "val/SQ_st": _share("SQ stuff"),
     "val/RQ": _share("RQ"),
+    "val/RQ_th": _share("RQ things"),
+    "val/RQ_st": _share("RQ stuff"),
     "val/mIoU": _share("mIoU"),
+    "val/mAcc": _share("Class accuracy"),
+    "val/aAcc": _share("Pixel accuracy"),
     "bench/fps": MetricInfo(title="FPS"),
     "train/loss": _cost("Loss", 3),
     "train/lr": MetricInfo(title="Learning rate", digits=6),
@@ -51,6 +57,9 @@ METRICS: dict[str, MetricInfo] = {
     "sys/gpu_hours": _cost("GPU hours", 2),
     "cost/usd": _cost("USD", 2),
 }
+
+MAIN_METRIC = {"instance": "val/AP", "panoptic": "val/PQ", "semantic": "val/mIoU"}
+"""What each task is judged by."""
 
 _LOSS_TERM = re.compile(r"train/loss/(?P<term>[a-z0-9]+(/[a-z]+)?)")
 _STAGE = re.compile(r"val/stage(?P<stage>\d+)/(?P<name>\w+)")

@@ -23,8 +23,11 @@ _BACKBONE_GMACS = {
     "resnet26": 2.4,
     "resnet34": 3.7,
     "resnet50": 4.1,
+    "resnet50c": 4.4,
     "resnet101": 7.8,
     "resnet152": 11.6,
+    "swin_tiny_patch4_window7_224": 4.5,
+    "swin_large_patch4_window7_224": 34.5,
 }
 
 # Sustained, not peak. A CPU core reaches about 145 GFLOP/s on large maps (4.2 s for a training

@@ -53,7 +53,7 @@ def nan_on_the_second_worker(recipe, folder, rank):
     """Return this worker's error when only the second worker's loss is not finite."""
     dataset = build_dataset(recipe.data, "train", seed=0)
     batch = collate([dataset.load(rank, epoch=0)])
-    model = build_model(recipe.model, recipe.loss, recipe.eval, num_classes=dataset.num_classes)
+    model = build_model(recipe, dataset.categories)
     trainer = Trainer(
         model.train(), recipe, num_iterations=9, device=torch.device("cpu"), output_dir=folder
     )

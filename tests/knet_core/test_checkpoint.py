@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from knet_core import CheckpointError, DiskFullError, EvalConfig, LossConfig, Point, build_model
+from knet_core import CheckpointError, DiskFullError, Point, build_model
 from knet_core.checkpoint import (
     load_model,
     load_trainer,
@@ -33,7 +33,7 @@ FILES = ["model.safetensors", "trainer.pt", "state.json", "recipe.yaml"]
 
 
 def build(recipe):
-    return build_model(recipe.model, LossConfig(), EvalConfig(), num_classes=2)
+    return build_model(recipe, STATE.categories)
 
 
 def save(directory, recipe, model=None):
@@ -169,7 +169,7 @@ def test_weights_of_another_model_are_named_with_their_shapes(saved, tmp_path, t
     with pytest.raises(CheckpointError) as error:
         load_model(saved)
     message = one_line(error)
-    assert "weights of another model: fpn." in message
+    assert "weights of another model: static.fpn." in message
     assert "expected (32, " in message
     assert "found (64, " in message
     assert " more; use the checkpoint of a run with this recipe" in message

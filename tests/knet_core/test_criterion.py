@@ -1,4 +1,6 @@
-"""The criterion against a plain rendering of the published rules, image by image."""
+"""The losses of the instance task against a plain rendering of the published rules."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,12 +8,18 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
 from knet_core import LossConfig, NonFiniteError
-from knet_core.criterion import criterion
+from knet_core.criterion import kernel_criterion
 from knet_core.matching import assignment_cost
-from knet_core.structures import KNetOutput, StageOutput, Targets
+from knet_core.structures import IGNORE, KNetOutput, StageOutput, Targets
 
 WEIGHTS = LossConfig()
 B, N, C, H, W = 2, 6, 3, 64, 96
+
+
+def criterion(output, targets, weights=WEIGHTS, compat="none"):
+    return kernel_criterion(
+        output, targets, replace(weights, rank=0.0), num_things=C, compat=compat
+    )
 
 
 def random_output(seed=0, *, updates=2, requires_grad=False):
@@ -29,22 +37,32 @@ def random_output(seed=0, *, updates=2, requires_grad=False):
         )
         for _ in range(updates)
     ]
-    return KNetOutput(stages=tuple(stages), semantic=maps(B, C, H // 8, W // 8))
+    return KNetOutput(
+        stages=tuple(stages), semantic=maps(B, C, H // 8, W // 8), padded_size=(H, W)
+    )
 
 
 def random_targets(counts=(3, 2), seed=0):
+    """Images smaller than the batch; the first marks a crowd, the other has no semantic map."""
     g = torch.Generator().manual_seed(seed)
+    crowd = torch.full((H - 4, W - 6), C, dtype=torch.uint8)
+    crowd[11:30, 20:43] = IGNORE
     return [
         Targets(
             labels=torch.randint(0, C, (count,), generator=g),
-            masks=(torch.rand(count, H - 4, W - 7, generator=g) > 0.7).byte(),
+            masks=(torch.rand(count, H - 4, W - 6, generator=g) > 0.7).byte(),
+            semantic=semantic,
         )
-        for count in counts
+        for count, semantic in zip(counts, (crowd, None), strict=True)
     ]
 
 
-def reference(output, targets):
-    """KNET_SPEC 3.3 and 3.4 for the instance task, without any of the rewrites."""
+def reference(output, targets, compat):
+    """KNET_SPEC 3.3 and 3.4 for the instance task, without any of the rewrites.
+
+    Published: padding and crowds are negatives of the semantic map. Otherwise they are left out,
+    where any of the four pixels that a pixel at stride 4 stands for is one.
+    """
 
     def up(x):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
@@ -96,19 +114,31 @@ def reference(output, targets):
             expected[f"stage{s}/cls"] = cls
 
     painted = torch.full((B, H // 4, W // 4), C)
+    if compat == "none":
+        for b, t in enumerate(targets):
+            known = torch.zeros(H, W)
+            known[: t.masks.shape[1], : t.masks.shape[2]] = 1
+            if t.semantic is not None:
+                known[: t.masks.shape[1], : t.masks.shape[2]][t.semantic == IGNORE] = 0
+            quarter = F.interpolate(known[None, None], scale_factor=0.25, mode="bilinear")[0, 0]
+            painted[b][quarter < 1] = IGNORE
     for b, (kernels, objects) in enumerate(static_pairs):
         for _, o in sorted(zip(kernels, objects, strict=True)):
             painted[b][soft[b][o] > 0] = targets[b].labels[o]
-    onehot = F.one_hot(painted, C + 1)[..., :C].permute(0, 3, 1, 2).float()
-    expected["seg"] = focal(up(output.semantic), onehot) / (painted < C).sum()
+    decided = painted != IGNORE
+    onehot = F.one_hot(painted[decided], C + 1)[:, :C].float()
+    logits = up(output.semantic).permute(0, 2, 3, 1)[decided]
+    expected["seg"] = focal(logits, onehot) / (painted < C).sum()
     return expected
 
 
+@pytest.mark.parametrize("compat", ["none", "published"])
 @pytest.mark.parametrize("counts", [(3, 2), (5, 0), (9, 1)])
-def test_every_term_follows_the_published_rules(counts):
+def test_every_term_follows_the_published_rules(counts, compat):
     for seed in range(3):
         output, targets = random_output(seed), random_targets(counts, seed)
-        terms, expected = criterion(output, targets, WEIGHTS).named(), reference(output, targets)
+        terms = criterion(output, targets, compat=compat).named()
+        expected = reference(output, targets, compat)
         assert terms.keys() == expected.keys()
         for name, value in terms.items():
             torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=1e-6, msg=name)
@@ -116,7 +146,7 @@ def test_every_term_follows_the_published_rules(counts):
 
 def test_a_batch_without_objects_has_finite_losses_and_gradients():
     output = random_output(requires_grad=True)
-    terms = criterion(output, random_targets((0, 0)), WEIGHTS)
+    terms = criterion(output, random_targets((0, 0)))
     terms.total().backward()
     assert terms.stages[1].mask.item() == 0
     assert 0 < terms.seg.item() < 10
@@ -124,10 +154,16 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients():
         assert torch.isfinite(stage.masks.grad).all()
 
 
+def test_a_batch_without_objects_drowns_all_else_as_published_only():
+    output, targets = random_output(), random_targets((0, 0))
+    plain, published = (criterion(output, targets, compat=c).seg for c in ("none", "published"))
+    assert published.item() > 100 * plain.item()
+
+
 def test_order_of_the_objects_does_not_matter():
     output, targets = random_output(), random_targets()
     flipped = [Targets(labels=t.labels.flip(0), masks=t.masks.flip(0)) for t in targets]
-    plain, other = (criterion(output, t, WEIGHTS).total() for t in (targets, flipped))
+    plain, other = (criterion(output, t).total() for t in (targets, flipped))
     torch.testing.assert_close(plain, other)
 
 
@@ -135,4 +171,4 @@ def test_a_cost_that_is_not_finite_names_the_image():
     output = random_output()
     output.stages[0].masks[1, 2, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="image 1 of the batch"):
-        criterion(output, random_targets(), WEIGHTS)
+        criterion(output, random_targets())

@@ -1,10 +1,12 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from knet_core import (
+    ConfigError,
     DataError,
     EvalConfig,
     Instances,
@@ -12,33 +14,89 @@ from knet_core import (
     build_model,
 )
 from knet_core.evaluation import evaluate, measure_fps
+from knet_core.structures import PanopticMap, SemanticMap
 
 CPU = torch.device("cpu")
 
 
 class Oracle(torch.nn.Module):
-    """Knows the ground truth of a data set by image id."""
+    """Knows the ground truth of a data set by image id; its static stage finds nothing."""
 
     def __init__(self, dataset):
         super().__init__()
         self.num_classes = dataset.num_classes
+        self.updates = [None, None]
         self.was_training = []
         self.truth = {
-            dataset.load(i, epoch=0).info.image_id: dataset.instances(i)
-            for i in range(len(dataset))
+            dataset.load(i, epoch=0).info.image_id: dataset.truth(i) for i in range(len(dataset))
         }
 
     def forward(self, images):
         self.was_training.append(self.training)
-        return images
+        return SimpleNamespace(stages=[None] * 3)
 
-    def postprocess(self, output, infos):
-        return [self.truth[info.image_id] for info in infos]
+    def postprocess(self, output, infos, *, stage=-1):
+        found = [self.truth[info.image_id] for info in infos]
+        return [nothing_like(truth) for truth in found] if stage == 0 else found
+
+
+def nothing_like(truth):
+    if isinstance(truth, Instances):
+        return Instances(scores=truth.scores[:0], labels=truth.labels[:0], masks=truth.masks[:0])
+    if isinstance(truth, PanopticMap):
+        return PanopticMap(ids=torch.zeros_like(truth.ids), segments=())
+    return SemanticMap(labels=torch.zeros_like(truth.labels))
 
 
 @pytest.fixture
 def dataset(tiny_recipe):
     return build_dataset(tiny_recipe().data, "val", seed=0)
+
+
+TASKS = {
+    "instance": ("val/AP", {"val/AP50", "val/AP75", "val/APs"}),
+    "panoptic": ("val/PQ", {"val/PQ_th", "val/PQ_st", "val/SQ", "val/RQ"}),
+    "semantic": ("val/mIoU", {"val/mAcc", "val/aAcc"}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_has_its_metric_and_the_truth_scores_one(tiny_recipe, task):
+    dataset = build_dataset(tiny_recipe().data, "val", seed=0, task=task)
+    metrics, picture = evaluate(Oracle(dataset), dataset, EvalConfig(probe_images=1), device=CPU)
+    name, others = TASKS[task]
+    assert metrics[name] == pytest.approx(1.0)
+    assert others < set(metrics)
+    assert Image.open(io.BytesIO(picture)).width > 640
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_stage_is_scored_in_one_pass(tiny_recipe, task):
+    dataset = build_dataset(tiny_recipe().data, "val", seed=0, task=task)
+    oracle, config = Oracle(dataset), EvalConfig(probe_images=0, batch_size=2)
+    metrics, _ = evaluate(oracle, dataset, config, device=CPU, per_stage=True)
+    name = TASKS[task][0].removeprefix("val/")
+    assert metrics[f"val/stage0/{name}"] < 0.3
+    assert metrics[f"val/stage1/{name}"] == metrics[f"val/stage2/{name}"] == metrics[f"val/{name}"]
+    assert metrics[f"val/{name}"] == pytest.approx(1.0)
+    assert "val/stage3/" not in "".join(metrics)
+    assert len(oracle.was_training) == 2  # three images, two at a time
+
+
+def test_stages_are_not_averaged_over_views(dataset):
+    with pytest.raises(ConfigError, match=r"leave out eval\.scales"):
+        evaluate(Oracle(dataset), dataset, EvalConfig(flip=True), device=CPU, per_stage=True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_of_each_task_is_evaluated(tiny_recipe, task):
+    recipe = tiny_recipe(model={"task": task})
+    dataset = build_dataset(recipe.data, "val", seed=0, task=task)
+    model = build_model(recipe, dataset.categories)
+    metrics, picture = evaluate(model, dataset, recipe.eval, device=CPU, per_stage=True)
+    name = TASKS[task][0].removeprefix("val/")
+    assert 0.0 <= metrics[f"val/{name}"] == metrics[f"val/stage2/{name}"] < 0.5
+    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -83,7 +141,7 @@ def test_a_model_of_other_classes_is_refused(dataset):
 
 def test_speed_is_measured_in_evaluation_mode_without_random_numbers(dataset, tiny_recipe):
     recipe = tiny_recipe()
-    model = build_model(recipe.model, recipe.loss, recipe.eval, num_classes=dataset.num_classes)
+    model = build_model(recipe, dataset.categories)
     model.train()
     before = torch.get_rng_state()
     assert measure_fps(model, dataset, 2, device=CPU) > 0

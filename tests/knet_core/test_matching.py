@@ -37,6 +37,11 @@ def cost_by_definition(mask, logits, target, label):
     return 2 * (positive - negative) + 4 * dice - agree / mask.numel()
 
 
+def solve(masks, logits, targets, labels):
+    (matches,) = match([assignment_cost(masks, logits, targets, labels, WEIGHTS)])
+    return matches
+
+
 def test_costs_follow_the_definition():
     masks, logits, targets, labels = problem(4, 3)
     cost = assignment_cost(masks, logits, targets, labels, WEIGHTS)
@@ -51,7 +56,7 @@ def test_no_other_assignment_is_cheaper(num_kernels, num_objects):
     for seed in range(5):
         masks, logits, targets, labels = problem(num_kernels, num_objects, seed=seed)
         cost = assignment_cost(masks, logits, targets, labels, WEIGHTS).numpy()
-        matches = match(masks, logits, targets, labels, WEIGHTS)
+        matches = solve(masks, logits, targets, labels)
         found = cost[matches.kernels.numpy(), matches.objects.numpy()].sum()
         size = min(num_kernels, num_objects)
         cheapest = min(
@@ -65,20 +70,19 @@ def test_no_other_assignment_is_cheaper(num_kernels, num_objects):
 def test_permuted_objects_get_the_same_kernels():
     masks, logits, targets, labels = problem(8, 5)
     order = torch.tensor([3, 0, 4, 1, 2])
-    plain = match(masks, logits, targets, labels, WEIGHTS)
-    permuted = match(masks, logits, targets[order], labels[order], WEIGHTS)
+    plain = solve(masks, logits, targets, labels)
+    permuted = solve(masks, logits, targets[order], labels[order])
     assert torch.equal(plain.kernels, permuted.kernels)
     assert torch.equal(plain.objects, order[permuted.objects])
 
 
 def test_an_image_without_objects_matches_nothing():
-    masks, logits, targets, labels = problem(4, 0)
-    matches = match(masks, logits, targets, labels, WEIGHTS)
+    matches = solve(*problem(4, 0))
     assert len(matches.kernels) == len(matches.objects) == 0
 
 
 def test_surplus_objects_stay_unassigned():
-    matches = match(*problem(3, 7), WEIGHTS)
+    matches = solve(*problem(3, 7))
     assert len(matches.kernels) == 3
     assert len(set(matches.objects.tolist())) == 3
 
@@ -88,4 +92,19 @@ def test_a_nan_cost_is_never_hidden(where):
     masks, logits, targets, labels = problem(4, 2)
     (masks if where == "masks" else logits)[1] = torch.nan
     with pytest.raises(NonFiniteError, match="1 of 4 kernels"):
-        match(masks, logits, targets, labels, WEIGHTS)
+        solve(masks, logits, targets, labels)
+
+
+def test_images_of_a_batch_are_matched_as_if_alone():
+    problems = [problem(6, count, seed=count) for count in (3, 0, 8)]
+    together = match([assignment_cost(*parts, WEIGHTS) for parts in problems])
+    for found, parts in zip(together, problems, strict=True):
+        alone = solve(*parts)
+        assert torch.equal(found.kernels, alone.kernels)
+        assert torch.equal(found.objects, alone.objects)
+
+
+def test_a_nan_cost_names_its_image():
+    costs = [torch.zeros(4, 0), torch.zeros(4, 2), torch.full((4, 1), torch.nan)]
+    with pytest.raises(NonFiniteError, match=r"image 2 of the batch.* 4 of 4 kernels"):
+        match(costs)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 
-from knet_core import EvalConfig, LossConfig, OptimConfig, build_model
+from knet_core import OptimConfig, build_model
+from knet_core.data import Category
 from knet_core.optim import build_optimizer, lr_factor, set_learning_rate
 
 PUBLISHED = OptimConfig()
@@ -38,7 +40,7 @@ def test_a_run_shorter_than_the_warm_up_still_decays():
 @pytest.fixture
 def model(tiny_recipe):
     recipe = tiny_recipe()
-    return build_model(recipe.model, LossConfig(), EvalConfig(), num_classes=3)
+    return build_model(recipe, [Category(i, str(i)) for i in range(3)])
 
 
 def test_every_parameter_that_trains_is_in_one_group_and_decays(model):
@@ -65,3 +67,50 @@ def test_a_backbone_that_does_not_train_is_no_group():
     model = torch.nn.Module()
     model.head = torch.nn.Linear(2, 2)
     assert len(build_optimizer(model, PUBLISHED).param_groups) == 1
+
+
+def decays(model, config):
+    groups = build_optimizer(model, config).param_groups
+    rates = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}, groups
+
+
+def test_norms_and_relative_positions_can_be_spared_the_decay():
+    model = torch.nn.Module()
+    model.backbone = SwinTransformerBlock(8, (7, 7), num_heads=2)
+    model.head = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 8, 1),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.GroupNorm(2, 8),
+        torch.nn.LayerNorm(8),
+    )
+    config = OptimConfig(decay_norms=False, weight_decay=0.1, backbone_lr_factor=0.5)
+    rates, groups = decays(model, config)
+    spared = {name for name, rate in rates.items() if rate == 0}
+    assert spared == {
+        "backbone.norm1.weight",
+        "backbone.norm1.bias",
+        "backbone.norm2.weight",
+        "backbone.norm2.bias",
+        "backbone.attn.relative_position_bias_table",
+        *(f"head.{layer}.{part}" for layer in (1, 2, 3) for part in ("weight", "bias")),
+    }
+    assert {rates[name] for name in rates.keys() - spared} == {0.1}
+    assert set_learning_rate(torch.optim.AdamW(groups), 60_000, config, LENGTH) == 1e-5
+    for group in groups:
+        in_backbone = {id(p) for p in model.backbone.parameters()} >= set(map(id, group["params"]))
+        assert group["peak_lr"] == (0.5e-4 if in_backbone else 1e-4)
+
+
+def test_sparing_norms_changes_nothing_else(model):
+    every, _ = decays(model, OptimConfig())
+    some, _ = decays(model, OptimConfig(decay_norms=False))
+    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
+    inside = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, norms)
+        for part in ("weight", "bias")
+    }
+    assert every.keys() == some.keys()
+    assert all(rate == (0 if name in inside else 0.05) for name, rate in some.items())

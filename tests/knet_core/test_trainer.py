@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from knet_core import EvalConfig, NonFiniteError, build_dataset, build_model
-from knet_core.data import collate
+from knet_core import NonFiniteError, build_dataset, build_model
+from knet_core.data import Category, collate
 from knet_core.trainer import Trainer
 
 CPU = torch.device("cpu")
+CATEGORIES = [Category(number, str(number)) for number in range(9)]
 
 
 @pytest.fixture
 def make(tmp_path):
     def build(recipe):
         torch.manual_seed(0)
-        model = build_model(recipe.model, recipe.loss, EvalConfig(), num_classes=9)
+        model = build_model(recipe, CATEGORIES)
         model.train()
         return Trainer(model, recipe, num_iterations=10, device=CPU, output_dir=tmp_path)
 
@@ -136,7 +137,7 @@ def test_an_infinite_loss_names_the_micro_batch_and_keeps_its_terms(
 
 def test_a_nan_gradient_stops_although_the_loss_is_finite(make, batches, tiny_recipe, tmp_path):
     trainer = make(tiny_recipe())
-    weight = next(p for p in trainer.model.fpn.parameters() if p.requires_grad)
+    weight = next(p for p in trainer.model.static.fpn.parameters() if p.requires_grad)
     weight.register_hook(lambda gradient: gradient * math.nan)
     message, dump = failed(trainer, batches, tmp_path)
     assert "a gradient is not finite, although every loss is" in message
@@ -150,7 +151,7 @@ def test_mixed_precision_trains_on_a_gpu(tiny_recipe, batches, tmp_path, precisi
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     recipe = tiny_recipe(precision=precision, channels_last=True)
-    model = build_model(recipe.model, recipe.loss, EvalConfig(), num_classes=9).train()
+    model = build_model(recipe, CATEGORIES).train()
     device = torch.device("cuda")
     trainer = Trainer(model, recipe, num_iterations=10, device=device, output_dir=tmp_path)
     losses = [sum(trainer.step(i, batches).losses.values()).item() for i in range(5)]

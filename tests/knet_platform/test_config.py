@@ -172,11 +172,6 @@ def test_a_missing_data_file_is_named():
     assert "command line: data: no file 'gone.yaml'" in found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps/recipes").glob("*.yaml")))
-def test_every_shipped_recipe_loads(path):
-    assert load_recipe(path).train.batch_size == 16
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps/data").glob("*.yaml")))
 def test_every_shipped_data_file_loads(path):
     recipe = ROOT / "sweeps/recipes/knet_r50_instance_1x.yaml"

@@ -17,6 +17,16 @@ def test_metrics_of_a_term_or_a_stage_are_known(name, title):
     assert info.title == title
 
 
+def test_every_score_of_every_task_is_known():
+    precision = [f"AP{suffix}" for suffix in ("", "50", "75", "s", "m", "l")]
+    quality = [f"{name}{kind}" for name in ("PQ", "SQ", "RQ") for kind in ("", "_th", "_st")]
+    for name in [*precision, *quality, "mIoU", "mAcc", "aAcc"]:
+        for info in (find_metric(f"val/{name}"), find_metric(f"val/stage0/{name}")):
+            assert info is not None
+            assert info.scale == 100.0
+            assert info.higher_is_better
+
+
 @pytest.mark.parametrize("name", ["val/ap", "AP", "val/stage1/XX", "train/loss/"])
 def test_other_names_are_unknown(name):
     assert find_metric(name) is None

@@ -1,6 +1,7 @@
 """`knet eval`: a checkpoint measured on the val split of any data set with its categories."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ EXAMPLES = """\
 examples:
   knet eval .knet/runs/0123456789abcdef/checkpoint_300 sweeps/data/shapes.yaml
   knet eval checkpoint_270000 sweeps/data/coco.yaml data.root=/data/coco eval.batch_size=4
-  knet eval checkpoint_300 sweeps/data/shapes.yaml --json"""
+  knet eval checkpoint_300 sweeps/data/shapes.yaml --json
+  knet eval checkpoint_300 sweeps/data/shapes.yaml --per-stage
+  knet eval checkpoint_300 sweeps/data/shapes.yaml --kernel-maps kernels.png
+  knet eval checkpoint_80000 sweeps/data/ade20k.yaml eval.scales=[0.5,1,1.5] eval.flip=true"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder checkpoint_<step>")
     parser.add_argument("data", type=Path, metavar="DATA", help="a file of sweeps/data")
     parser.add_argument(
-        "overrides", nargs="*", metavar="k=v", help="data.* or eval.batch_size of this evaluation"
+        "overrides", nargs="*", metavar="k=v", help="data.* or eval.* of this evaluation"
+    )
+    parser.add_argument(
+        "--per-stage",
+        action="store_true",
+        help="score the static kernels and every update too (paper, supplement C)",
+    )
+    parser.add_argument(
+        "--kernel-maps",
+        type=Path,
+        metavar="PNG",
+        help="draw where each instance kernel looks on average (paper, Fig. 4a)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
@@ -30,25 +45,39 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: The checkpoint was trained on other categories than the data has.
-        UsageError: An override would change the model that the checkpoint holds.
+        UsageError: An override would change the model that the checkpoint holds, or there is no
+            folder for the picture.
     """
     import torch
 
-    from knet_core import build_dataset, evaluate, load_model, read_state
-    from knet_platform.cli.output import show_metrics, status
+    from knet_core import (
+        build_dataset,
+        draw_kernel_maps,
+        evaluate,
+        keep_freed_memory,
+        load_model,
+        mean_activations,
+        prepare_for_inference,
+        read_state,
+    )
+    from knet_platform.cli.output import progress_bar, show_metrics, status
     from knet_platform.config import load_recipe
 
     for item in args.overrides:
-        if not item.startswith(("data.", "eval.batch_size=")):
+        if not item.startswith(("data.", "eval.")):
             raise UsageError(
                 f"{item}: a checkpoint's recipe is fixed; expected data.<key>=... or "
-                f"eval.batch_size=..."
+                f"eval.<key>=..."
             )
+    if args.kernel_maps is not None and not args.kernel_maps.absolute().parent.is_dir():
+        raise UsageError(
+            f"--kernel-maps: no folder {args.kernel_maps.parent}; make it, or name another file"
+        )
     state = read_state(args.checkpoint)
     recipe = load_recipe(
         args.checkpoint / "recipe.yaml", overrides=[f"data={args.data}", *args.overrides]
     )
-    dataset = build_dataset(recipe.data, "val", seed=recipe.seed)
+    dataset = build_dataset(recipe.data, "val", seed=recipe.seed, task=recipe.model.task)
     trained = [category.name for category in state.categories]
     measured = [category.name for category in dataset.categories]
     if trained != measured:
@@ -57,11 +86,25 @@ def run(args: argparse.Namespace) -> int:
             f"{_list(measured)}; expected the same categories in the same order"
         )
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    num_workers = recipe.data.num_workers
+    keep_freed_memory()
     with status(f"evaluating {len(dataset)} images on {device}"):
-        model = load_model(args.checkpoint, device=device)
+        loaded = load_model(args.checkpoint, device=device, evaluation=recipe.eval)
+        model = prepare_for_inference(loaded)
         metrics, _ = evaluate(
-            model, dataset, recipe.eval, device=device, num_workers=recipe.data.num_workers
+            model,
+            dataset,
+            dataclasses.replace(recipe.eval, probe_images=0),
+            device=device,
+            num_workers=num_workers,
+            per_stage=args.per_stage,
         )
+    if args.kernel_maps is not None:
+        with progress_bar("kernel maps") as advance:
+            maps = mean_activations(
+                model, dataset, device=device, num_workers=num_workers, progress=advance
+            )
+        args.kernel_maps.write_bytes(draw_kernel_maps(maps))
     if args.json:
         print(json.dumps(metrics, indent=2))
     else:

@@ -17,6 +17,9 @@ VERBS = {
     "submit": "send a sweep to a Ray cluster as a job",
     "report": "write a sweep's table beside the paper's numbers, and its page",
     "eval": "evaluate a checkpoint on a data set",
+    "predict": "draw a checkpoint's masks over images and write them as files",
+    "import-official": "turn a published K-Net checkpoint into one of this project",
+    "bench": "time a network as papers do",
     "doctor": "find what on this machine or cluster would stop a run",
     "ui": "open MLflow's pages on the runs",
 }
@@ -60,7 +63,7 @@ def _dispatch(argv: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else "see knet --help"
         print(f"error: knet: no verb '{verb}'; {hint}", file=sys.stderr)
         return 2
-    module = import_module(f"knet_platform.cli.{verb}")
+    module = import_module(f"knet_platform.cli.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"knet {verb}",
         description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".",

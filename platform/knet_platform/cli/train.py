@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from knet_core import KNetError
 from knet_platform.config import load_recipe
 from knet_platform.home import knet_home, tracking_uri
+from knet_platform.metrics import MAIN_METRIC
 from knet_platform.planning import Metric, Resources, Sweep, Trial, trial_hash
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _as_sweep(path: Path, recipe: "Recipe", identity: str) -> Sweep:
         name=name,
         path=path,
         title="",
-        metric=Metric(name="val/AP", mode="max"),
+        metric=Metric(name=MAIN_METRIC[recipe.model.task], mode="max"),
         baseline=ARM,
         seeds=(recipe.seed,),
         arms=(ARM,),

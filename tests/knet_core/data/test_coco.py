@@ -264,6 +264,23 @@ def test_training_drops_empty_crowd_only_and_tiny_images(coco_folder: Folder) ->
     assert masks.shape == (0, 48, 64)
 
 
+def test_crowds_are_marked_as_undecided(coco_folder: Folder) -> None:
+    def edit(document: Document, root: Path) -> None:
+        crowd = {"size": [48, 64], "counts": [48 * 60, 48 * 4]}
+        document["annotations"].append(
+            {"id": 9, "image_id": 10, "category_id": 3, "iscrowd": 1, "segmentation": crowd}
+        )
+
+    source = source_of(coco_folder(edit))
+    labels = source.semantic(0)
+    assert labels is not None
+    assert (labels[:, 60:] == 255).all()
+    assert (labels[:, :60] == 2).all()  # the number of classes
+    assert source.semantic(1) is None
+    with pytest.raises(DataError, match="holds instances, no panoptic segments"):
+        source.panoptic(0)
+
+
 def test_a_split_without_usable_images_is_an_error(coco_folder: Folder) -> None:
     def edit(document: Document, root: Path) -> None:
         document["annotations"].clear()

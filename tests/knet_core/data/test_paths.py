@@ -1,11 +1,14 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from knet_core.config import DataConfig, ShapesConfig, SplitConfig
 from knet_core.data.paths import data_fingerprint, find_split, resolve_root
@@ -60,6 +63,40 @@ def test_the_fingerprint_of_shapes_is_their_parameters() -> None:
     one = DataConfig(format="shapes", shapes=ShapesConfig(seed=0))
     assert data_fingerprint(one) == data_fingerprint(replace(one, root="elsewhere"))
     assert data_fingerprint(one) != data_fingerprint(replace(one, shapes=ShapesConfig(seed=1)))
+
+
+def test_the_fingerprint_of_panoptic_sets_follows_json_and_segments(
+    panoptic_folder: Callable[..., DataConfig],
+) -> None:
+    config = panoptic_folder()
+    before = data_fingerprint(config)
+    assert data_fingerprint(replace(config, flip=0.5)) == before
+    folder = Path(config.root) / "annotations" / "panoptic_train"
+    Image.new("RGB", (64, 48)).save(folder / "2.png")
+    changed = data_fingerprint(config)
+    (folder / "3.png").touch()
+    assert len({before, changed, data_fingerprint(config)}) == 3
+
+
+def test_the_fingerprint_of_label_maps_follows_every_pixel_but_not_times(
+    semantic_folder: Callable[..., DataConfig],
+) -> None:
+    config = semantic_folder(classes=())
+    names = Path(config.root) / "classes.txt"
+    names.write_text("wall\nfloor\ndoor\n")
+    path = Path(config.root) / "annotations" / "validation" / "1.png"
+    pixels = np.array(Image.open(path))
+    Image.fromarray(pixels).save(path, compress_level=0)
+    before = data_fingerprint(config)
+    os.utime(path, (0, 0))
+    assert data_fingerprint(config) == before
+    size = path.stat().st_size
+    pixels[5, 5] = 3
+    Image.fromarray(pixels).save(path, compress_level=0)
+    assert path.stat().st_size == size
+    changed = data_fingerprint(config)
+    names.write_text("wall\nfloor\nwindow\n")
+    assert len({before, changed, data_fingerprint(config)}) == 3
 
 
 def test_fingerprints_and_shapes_need_no_torch() -> None:

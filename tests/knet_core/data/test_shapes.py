@@ -153,6 +153,24 @@ def test_scenes_hold_every_class_hidden_objects_and_a_spread_of_sizes() -> None:
         assert (scene.masks.sum(0) <= 1).all()
 
 
+def test_every_pixel_belongs_to_one_segment_of_its_class() -> None:
+    source = ShapesSource(ShapesConfig(num_train=6, size=64), "train", task="panoptic")
+    assert source.categories == THING_CATEGORIES + STUFF_CATEGORIES
+    for index in range(len(source)):
+        truth, labels = source.panoptic(index), source.semantic(index)
+        assert labels is not None
+        things, masks = source.objects(index)
+        assert [s.label for s in truth.segments][: len(things)] == things.tolist()
+        seen = np.zeros((64, 64), dtype=int)
+        for segment in truth.segments:
+            assert (labels[truth.ids == segment.id] == segment.label).all()
+            seen += truth.ids == segment.id
+        assert (seen == 1).all()
+        for number, mask in enumerate(masks, start=1):
+            assert np.array_equal(mask, truth.ids == number)
+    assert ShapesSource(ShapesConfig(size=64), "train").semantic(0) is None
+
+
 def test_splits_and_images_differ() -> None:
     config = ShapesConfig(num_train=3, num_val=1, size=64)
     train, val = ShapesSource(config, "train"), ShapesSource(config, "val")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from knet_core.config import DataConfig
 from knet_core.data.transforms import (
     MEAN,
     STD,
+    Crop,
     Geometry,
     evaluation_geometry,
     fitted_size,
@@ -96,3 +99,65 @@ def test_masks_take_the_nearest_pixel_as_opencv_does() -> None:
 def test_no_masks_stay_no_masks() -> None:
     empty = np.zeros((0, 60, 80), dtype=np.uint8)
     assert mask_tensor(empty, Geometry(size=(30, 40), flip=True)).shape == (0, 30, 40)
+
+
+CROPPED = DataConfig(short_edge=(40, 40), long_edge=160, flip=0.0, scale_range=(0.5, 2.0), crop=32)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_a_window_of_the_resized_image_then_padded(flip: bool) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    labels = rng.integers(0, 9, (30, 50), dtype=np.uint8)
+    whole = Geometry(size=(24, 40), flip=False)
+    cut = Geometry(size=(24, 40), flip=flip, crop=Crop(top=0, left=5, side=32))
+    image, window = image_tensor(pixels, cut), image_tensor(pixels, whole)[:, :, 5:37]
+    assert image.shape == (3, 32, 32)
+    assert image[:, :24].equal(window.flip(-1) if flip else window)
+    assert (image[:, 24:] == 0).all()
+    found = mask_tensor(labels[None], cut, padding=255)[0]
+    expected = mask_tensor(labels[None], whole)[0, :, 5:37]
+    assert found[:24].equal(expected.flip(-1) if flip else expected)
+    assert (found[24:] == 255).all()
+
+
+def test_both_edges_are_scaled_by_the_same_number() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [training_geometry((60, 90), CROPPED, rng) for _ in range(400)]
+    heights = [geometry.size[0] for geometry in drawn]
+    assert min(heights) in (20, 21)
+    assert max(heights) in (79, 80)
+    assert np.mean(heights) == pytest.approx(50, abs=3)
+    for geometry in drawn:
+        assert geometry.size[1] == pytest.approx(1.5 * geometry.size[0], abs=1)
+        assert geometry.final_size == (32, 32)
+        assert geometry.crop is not None
+        for start, length in zip(
+            (geometry.crop.top, geometry.crop.left), geometry.size, strict=True
+        ):
+            assert 0 <= start <= max(length - 32, 0)
+    assert len({g.crop.left for g in drawn if g.crop}) > 30
+
+
+def test_crops_that_one_class_fills_are_drawn_again() -> None:
+    labels = np.zeros((100, 200), dtype=np.uint8)
+    labels[:, 170:] = 1
+    labels[:50] = 255  # does not count
+    config = replace(CROPPED, short_edge=(100, 100), long_edge=200, scale_range=(1.0, 1.0))
+
+    def shares(share: float) -> list[float]:
+        rng = np.random.default_rng(0)
+        found = []
+        for _ in range(200):
+            drawn = replace(config, crop_max_share=share)
+            crop = training_geometry((100, 200), drawn, rng, labels).crop
+            assert crop is not None
+            part = labels[crop.top : crop.top + 32, crop.left : crop.left + 32]
+            counts = np.bincount(part[part < 255], minlength=2)
+            found.append(counts.max() / max(counts.sum(), 1) if counts.sum() else 1.0)
+        return found
+
+    free, bound = shares(1.0), shares(0.75)
+    # Six crops in a hundred are varied; eleven draws find one in half of all cases.
+    assert np.mean(np.array(free) < 0.75) == pytest.approx(0.06, abs=0.05)
+    assert np.mean(np.array(bound) < 0.75) == pytest.approx(1 - 0.94**11, abs=0.1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_api
 
-from knet_core.config import DataConfig, ShapesConfig
+from knet_core.config import DataConfig, ShapesConfig, SplitConfig
 from knet_core.data import build_dataset
 from knet_core.data.dataset import SegmentationDataset
 from knet_core.metrics.mask_ap import MaskAP
@@ -38,7 +38,7 @@ def dataset() -> SegmentationDataset:
 
 def fill(metric: MaskAP, dataset: SegmentationDataset, rank: int = 0, world: int = 1) -> MaskAP:
     for index in range(rank, len(dataset), world):
-        metric.add(dataset.load(index, epoch=0).info, dataset.instances(index))
+        metric.add(dataset.load(index, epoch=0).info, dataset.truth(index))
     return metric
 
 
@@ -60,6 +60,31 @@ def test_ground_truth_of_real_photographs_scores_one(real_data: Path) -> None:
     assert fill(new(dataset), dataset).compute()["val/AP"] == pytest.approx(1.0)
 
 
+def test_things_of_panoptic_files_are_the_instances_made_of_them(real_data: Path) -> None:
+    root = str(real_data / "coco_panoptic")
+    names = {
+        "coco": "annotations/instances_val2017_from_panoptic.json",
+        "coco_panoptic": "annotations/panoptic_val2017.json",
+    }
+    instances, panoptic = (
+        build_dataset(
+            DataConfig(
+                format=kind,
+                root=root,
+                val=SplitConfig(images=("val2017",), annotations=(names[kind],)),
+                short_edge=(64, 64),
+                long_edge=128,
+            ),
+            "val",
+            seed=0,
+        )
+        for kind in ("coco", "coco_panoptic")
+    )
+    assert [c.name for c in instances.categories] == [c.name for c in panoptic.categories]
+    for truth, found in ((instances, panoptic), (panoptic, instances)):
+        assert fill(new(truth), found).compute()["val/AP"] == pytest.approx(1.0)
+
+
 def test_nothing_found_scores_zero(dataset: SegmentationDataset) -> None:
     assert new(dataset).compute()["val/AP"] == 0.0
 
@@ -72,7 +97,7 @@ def test_an_image_without_detections_counts(dataset: SegmentationDataset) -> Non
         masks=torch.zeros(0, 64, 64, dtype=torch.bool),
     )
     for index in range(len(dataset)):
-        found = dataset.instances(index) if index else empty
+        found = dataset.truth(index) if index else empty
         metric.add(dataset.load(index, epoch=0).info, found)
     assert 0 < metric.compute()["val/AP"] < 1
 
@@ -82,7 +107,7 @@ def test_workers_merge_to_what_one_finds(dataset: SegmentationDataset) -> None:
 
     def noisy(metric: MaskAP, indices: range) -> MaskAP:
         for index in indices:
-            truth = dataset.instances(index)
+            truth = dataset.truth(index)
             rng.manual_seed(index)
             scores = torch.rand(len(truth.labels), generator=rng)
             masks = truth.masks & (torch.rand(truth.masks.shape, generator=rng) > 0.3)

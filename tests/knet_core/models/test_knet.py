@@ -1,9 +1,12 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from knet_core import BackboneConfig, ConfigError, EvalConfig, LossConfig, ModelConfig, build_model
+from knet_core import BackboneConfig, ConfigError, ModelConfig, Recipe, build_model
+from knet_core.config import SemanticConfig
+from knet_core.data import Category
 from knet_core.models.fpn import FPN
 from knet_core.models.positional import coordinate_channels, sine_encoding
 
@@ -12,7 +15,7 @@ TINY = BackboneConfig(name="test_resnet", pretrained=False, frozen_stages=0)
 
 
 def build(config, num_classes=80):
-    return build_model(config, LossConfig(), EvalConfig(), num_classes=num_classes)
+    return build_model(Recipe(model=config), [Category(i, str(i)) for i in range(num_classes)])
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,45 @@ def test_one_prediction_per_stage_and_one_of_the_static_kernels(stages):
     assert output.semantic.shape == (2, 4, 8, 12)
 
 
+def semantic(head, **values):
+    config = SemanticConfig(head=head)
+    return ModelConfig(
+        task="semantic", semantic=config, backbone=TINY, channels=32, grouping="soft", **values
+    )
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+@pytest.mark.parametrize(("head", "stride"), [("fcn", 8), ("upernet", 4)])
+def test_a_semantic_model_has_one_kernel_per_class_and_predicts_at_its_heads_stride(
+    head, stride, stages
+):
+    backbone = dataclasses.replace(TINY, output_stride=8 if head == "fcn" else 32)
+    config = dataclasses.replace(semantic(head, stages=stages), backbone=backbone)
+    output = build(config, 5)(torch.randn(2, 3, 64, 96))
+    assert len(output.stages) == stages + 1
+    for stage in output.stages:
+        assert stage.masks.shape == (2, 5, 64 // stride, 96 // stride)
+        assert stage.kernels.shape == (2, 5, 32)
+        assert stage.class_logits is None
+    assert output.semantic.shape[:2] == (2, 5)
+
+
+def test_panoptic_rows_are_instances_first_and_then_stuff_by_class():
+    config = ModelConfig(task="panoptic", backbone=TINY, channels=32, num_kernels=7)
+    classes = [Category(i, str(i), isthing=i < 3) for i in range(5)]
+    output = build_model(Recipe(model=config), classes)(torch.randn(2, 3, 64, 96))
+    for stage in output.stages:
+        assert stage.masks.shape == (2, 7 + 2, 8, 12)
+    assert torch.equal(output.stages[0].masks[:, 7:], output.semantic[:, 3:])
+    assert output.stages[-1].class_logits.shape == (2, 9, 5)
+
+
+def test_stuff_is_no_matter_of_instance_segmentation():
+    classes = [Category(0, "a"), Category(1, "b", isthing=False)]
+    with pytest.raises(ConfigError, match=r"model\.task: .* 1 of the data set's 2"):
+        build_model(Recipe(model=ModelConfig(backbone=TINY, channels=32)), classes)
+
+
 @pytest.mark.parametrize("switch", ["adaptive_update", "interaction", "positional_encoding"])
 def test_every_switch_changes_the_prediction(switch):
     outputs = []
@@ -56,9 +98,11 @@ def test_every_switch_changes_the_prediction(switch):
     assert not torch.allclose(*outputs)
 
 
-def test_batched_images_predict_as_alone():
+@pytest.mark.parametrize("kind", ["instance", "fcn", "upernet"])
+def test_batched_images_predict_as_alone(kind):
     torch.manual_seed(0)
-    model = build(ModelConfig(backbone=TINY, channels=32, num_kernels=7), 4).eval().double()
+    config = ModelConfig(backbone=TINY, channels=32, num_kernels=7)
+    model = build(config if kind == "instance" else semantic(kind), 4).eval().double()
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     together = model(images).stages[-1]
     for index in range(3):
@@ -74,7 +118,7 @@ def test_frozen_stages_stay_frozen_and_normalisation_in_evaluation_mode():
     )
     assert all(p.requires_grad for p in trunk.layer2.parameters())
     assert not trunk.layer3[0].bn1.training
-    assert model.semantic_fpn.training
+    assert model.static.semantic_fpn.training
 
 
 def test_every_trainable_parameter_gets_a_gradient():

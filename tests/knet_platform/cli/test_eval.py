@@ -66,3 +66,28 @@ def test_a_folder_without_a_checkpoint_is_one_line_and_exit_code_2(
 ) -> None:
     assert main(["eval", str(tmp_path), str(data)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_stage_can_be_scored_and_the_last_is_the_result(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(checkpoint), str(data), "--per-stage", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert {"val/stage0/AP", "val/stage1/AP"} <= set(metrics)
+    assert "val/stage2/AP" not in metrics
+    assert metrics["val/stage1/AP"] == metrics["val/AP"]
+    assert main(["eval", str(checkpoint), str(data), "--per-stage"]) == 0
+    assert "AP, stage 0" in capsys.readouterr().out
+
+
+def test_kernel_maps_are_a_picture_of_every_instance_kernel(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "kernels.png"
+    assert main(["eval", str(checkpoint), str(data), "--kernel-maps", str(picture)]) == 0
+    with Image.open(picture) as image:
+        assert image.width > 10 * 200  # ten kernels in a row
+    capsys.readouterr()
+    missing = tmp_path / "nowhere" / "kernels.png"
+    assert main(["eval", str(checkpoint), str(data), "--kernel-maps", str(missing)]) == 2
+    assert "no folder" in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""ADE20K's layout: a folder of images and one of label maps with the same names.
+
+A map's pixels hold category ids from 1 on; 0 is unlabelled, and so is 255, as in the published
+loader.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from knet_core.config import DataConfig
+from knet_core.data.coco_json import Problems, list_files
+from knet_core.data.images import check_size, decoding, read_image
+from knet_core.data.paths import CLASSES_FILE, SplitFiles
+from knet_core.data.source import IGNORED, MOST_LABELS, Category, ImageRecord, PanopticTruth
+from knet_core.errors import DataError
+
+_IMAGE_ENDINGS = {".jpg", ".jpeg", ".png"}
+
+
+class SemanticFolderSource:
+    """One split of a set in ADE20K's layout; images sorted by name are numbered from 1.
+
+    Args:
+        files: The split's two folders.
+        config: Its `classes`.
+
+    Raises:
+        DataError: The classes have no names, an image has no label map or a map no image, or there
+            are none; one line for each problem.
+    """
+
+    def __init__(self, files: SplitFiles, config: DataConfig) -> None:
+        self._files = files
+        names = config.classes or _read_names(files.root / CLASSES_FILE)
+        self.categories = tuple(
+            Category(number, name, isthing=False) for number, name in enumerate(names, start=1)
+        )
+        self._names = _pairs(files)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def record(self, index: int) -> ImageRecord:
+        """Return number, file name and size of one image; reads the file's header.
+
+        Raises:
+            DataError: The file is not an image.
+        """
+        path = self._files.images / self._names[index]
+        with decoding(path), Image.open(path) as image:
+            width, height = image.size
+        return ImageRecord(id=index + 1, file_name=self._names[index], height=height, width=width)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Decode one image, (H0, W0, 3) RGB.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        return read_image(self._files.images / self._names[index])
+
+    def objects(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return nothing: the layout knows no objects."""
+        record = self.record(index)
+        masks = np.zeros((0, record.height, record.width), dtype=np.uint8)
+        return np.zeros(0, dtype=np.int64), masks
+
+    def semantic(self, index: int) -> NDArray[np.uint8]:
+        """Decode the label of every pixel (H0, W0), 255 where there is none.
+
+        Raises:
+            DataError: The map is damaged, of another size, or holds an id without a category.
+        """
+        path = (self._files.annotations / self._names[index]).with_suffix(".png")
+        with decoding(path), Image.open(path) as picture:
+            if picture.mode not in ("L", "P"):
+                raise DataError(
+                    f"{path}: pixels of mode {picture.mode}; expected one byte a pixel, the "
+                    f"category id: convert it"
+                )
+            ids = np.array(picture)
+        check_size(path, ids, self.record(index), "its photograph")
+        count = len(self.categories)
+        unknown = ids[(ids > count) & (ids != IGNORED)]
+        if len(unknown):
+            raise DataError(
+                f"{path}: holds category id {unknown[0]}; expected 0 (unlabelled) to {count}: "
+                f"name every class in data.classes or correct the map"
+            )
+        ids[ids == IGNORED] = 0
+        return ids - np.uint8(1)  # 0 becomes 255
+
+    def panoptic(self, index: int) -> PanopticTruth:
+        """Refuse: the layout knows no segments.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            f"{self._files.annotations}: holds classes of pixels, no panoptic segments; expected "
+            f"data.format=coco_panoptic with a panoptic JSON file"
+        )
+
+    def ground_truth(self) -> dict[str, Any]:
+        """Refuse: the layout knows no objects.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError(
+            f"{self._files.annotations}: holds classes of pixels, no instances; expected "
+            f"data.format=coco with an instance JSON file"
+        )
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise DataError(
+            f"data.classes: no names, and no file {path}; expected the names of categories "
+            f"1, 2, ...: list them in data.classes or, one a line, in that file"
+        )
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    if not names or not all(names) or len(names) > MOST_LABELS:
+        raise DataError(
+            f"{path}: {len(names)} lines, {names.count('')} of them empty; expected 1 to "
+            f"{MOST_LABELS} names, one a line: correct it or set data.classes"
+        )
+    return names
+
+
+def _pairs(files: SplitFiles) -> tuple[str, ...]:
+    """Return the images' names, sorted; every one has a map."""
+    problems = Problems(files.images)
+    found = sorted(
+        name for name in list_files(files.images) if Path(name).suffix.lower() in _IMAGE_ENDINGS
+    )
+    maps = {name for name in list_files(files.annotations) if name.endswith(".png")}
+    expected = {str(Path(name).with_suffix(".png")) for name in found}
+    for name in sorted(expected - maps):
+        problems.add(
+            f"image {Path(name).stem}",
+            f"no label map {files.annotations / name}; add it or remove the image",
+        )
+    for name in sorted(maps - expected):
+        problems.add(
+            f"label map {files.annotations / name}", "no image of that name; add or remove one"
+        )
+    if len(expected) < len(found):
+        problems.add("images", "two of one name and different endings; keep one of them")
+    if not found:
+        problems.add(
+            "images", f"none; expected files ending in {', '.join(sorted(_IMAGE_ENDINGS))}"
+        )
+    problems.raise_all()
+    return tuple(found)

@@ -1,0 +1,131 @@
+"""`knet predict`: masks drawn over images, and the predictions as files for other tools."""
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from knet_platform.errors import UsageError
+
+EXAMPLES = """\
+examples:
+  knet predict .knet/runs/0123456789abcdef/checkpoint_300 photo.jpg
+  knet predict checkpoint_270000 photos/*.jpg --out predictions --device cuda
+  knet predict checkpoint_270000 photo.jpg --stages       masks before and after every update
+  knet predict checkpoint_80000 photo.jpg eval.scales=[0.5,1,1.5] eval.flip=true"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder checkpoint_<step>")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), metavar="DIR", help="a new folder"
+    )
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="draw the static kernels' masks and those after every update side by side",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--json", action="store_true", help="print the written files as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict every image and write the folder; it appears complete or not at all.
+
+    Raises:
+        UsageError: The folder exists, an image does not, or two images share a name.
+        CheckpointError: The checkpoint cannot be used.
+        DataError: An image cannot be decoded.
+    """
+    overrides = [item for item in args.images if _is_override(item)]
+    images = [Path(item) for item in args.images if not _is_override(item)]
+    _check(images, overrides, args.out)
+
+    import torch
+
+    from knet_core import (
+        ResultFiles,
+        contact_sheet,
+        draw,
+        keep_freed_memory,
+        load_image,
+        load_model,
+        predict,
+        predict_stages,
+        prepare_for_inference,
+        read_state,
+    )
+    from knet_platform.cli.output import progress_bar
+    from knet_platform.config import load_recipe
+
+    recipe = load_recipe(args.checkpoint / "recipe.yaml", overrides=overrides)
+    categories = read_state(args.checkpoint).categories
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    keep_freed_memory()
+    model = prepare_for_inference(
+        load_model(args.checkpoint, device=device, evaluation=recipe.eval)
+    )
+    results = ResultFiles(categories)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch,
+        progress_bar("predicting") as advance,
+    ):
+        folder = Path(scratch, args.out.name)
+        folder.mkdir()
+        for done, path in enumerate(images, start=1):
+            pixels, batch = load_image(path, recipe.data)
+            image = batch.images.to(device)
+            if args.stages:
+                found = [stage[0] for stage in predict_stages(model, image, batch.infos)]
+            else:
+                found = [predict(model, image, batch.infos, recipe.eval)[0]]
+            results.add(path.name, found[-1])
+            cells = [draw(pixels, prediction, categories) for prediction in found]
+            picture = contact_sheet(cells, columns=len(cells))
+            (folder / f"{path.stem}.png").write_bytes(picture)
+            advance(done, len(images))
+        for name, content in results.files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        written = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+        folder.replace(args.out)
+    if args.json:
+        print(json.dumps({"folder": str(args.out), "files": written}, indent=2))
+    else:
+        print(f"{args.out}: {len(images)} pictures; {', '.join(_others(written))}")
+    return 0
+
+
+def _is_override(item: str) -> bool:
+    """Tell settings from files: shells hand both over in one list."""
+    return "=" in item and not Path(item).exists()
+
+
+def _check(images: list[Path], overrides: list[str], out: Path) -> None:
+    problems = [f"{path}: no such image" for path in images if not path.is_file()]
+    problems += [
+        f"{stem}: {count} images of this name would overwrite each other's picture; rename one"
+        for stem, count in Counter(path.stem for path in images).items()
+        if count > 1
+    ]
+    problems += [
+        f"{item}: a checkpoint's recipe is fixed; expected eval.<key>=... or data.<key>=..."
+        for item in overrides
+        if not item.startswith(("eval.", "data."))
+    ]
+    if not images:
+        problems.append("IMAGE: none given; name at least one image file")
+    if out.exists():
+        problems.append(f"--out: {out} exists; remove it or choose another folder")
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def _others(written: list[str]) -> list[str]:
+    """Return what lies there beside the pictures; label images by their folder."""
+    folders = {f"{Path(name).parent}/" for name in written if "/" in name}
+    return sorted(folders | {name for name in written if name.endswith(".json")})
