@@ -2,7 +2,7 @@
 
 The same mathematics in the order of the published code: one pass over the masks per term, targets
 of the predictions' size, one-hot focal loss, objects painted one by one, and every mask resized to
-the image before any is compared. KNET_SPEC names are those of the sections cited.
+the image before any is compared. Sections are those of KNET_SPEC.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,18 @@ if TYPE_CHECKING:
     from knet_core.results import ResultFiles
     from knet_core.schedule import plan_schedule
     from knet_core.speed import Rate, Speed, measure_speed
-    from knet_core.structures import Batch, ImageInfo, Instances, KNetOutput, LossTerms, Targets
+    from knet_core.structures import (
+        Batch,
+        ImageInfo,
+        ImageSize,
+        Instances,
+        KNetOutput,
+        LossTerms,
+        PanopticMap,
+        SemanticMap,
+        StageOutput,
+        Targets,
+    )
     from knet_core.visualize import contact_sheet, draw, draw_instances
 
 _LAZY = {
@@ -53,17 +64,21 @@ _LAZY = {
     "CheckpointState": "knet_core.checkpoint_state",
     "FitResult": "knet_core.progress",
     "ImageInfo": "knet_core.structures",
+    "ImageSize": "knet_core.structures",
     "Imported": "knet_core.official",
     "Instances": "knet_core.structures",
     "KNet": "knet_core.models.knet",
     "KNetOutput": "knet_core.structures",
     "LossTerms": "knet_core.structures",
     "MaskAP": "knet_core.metrics.mask_ap",
+    "PanopticMap": "knet_core.structures",
     "Point": "knet_core.progress",
     "Rate": "knet_core.speed",
     "Report": "knet_core.progress",
     "ResultFiles": "knet_core.results",
+    "SemanticMap": "knet_core.structures",
     "Speed": "knet_core.speed",
+    "StageOutput": "knet_core.structures",
     "Targets": "knet_core.structures",
     "build_dataset": "knet_core.data",
     "build_model": "knet_core.models.knet",
@@ -103,6 +118,7 @@ __all__ = [
     "EvalConfig",
     "FitResult",
     "ImageInfo",
+    "ImageSize",
     "Imported",
     "Instances",
     "KNet",
@@ -114,14 +130,17 @@ __all__ = [
     "ModelConfig",
     "NonFiniteError",
     "OptimConfig",
+    "PanopticMap",
     "Point",
     "Rate",
     "Recipe",
     "Report",
     "ResultFiles",
+    "SemanticMap",
     "ShapesConfig",
     "Speed",
     "SplitConfig",
+    "StageOutput",
     "Targets",
     "TrainConfig",
     "build_dataset",

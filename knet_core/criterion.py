@@ -110,7 +110,7 @@ def kernel_criterion(
         targets: One per image.
         weights: Weight of each term and of each matching cost.
         num_things: Classes that are matched; the others are stuff, each with a kernel of its own.
-        compat: `published` repeats the released code's quirks (ADR 0006).
+        compat: `published` repeats the released code's quirks (ADR 0007).
 
     Raises:
         NonFiniteError: A matching cost is NaN or infinite; names the image's place in the batch.
@@ -250,7 +250,7 @@ def _mask_losses(stage: StageOutput, rows: _Rows, batch: _Batch) -> tuple[Tensor
     """Return the weighted mask and dice losses of a stage's rows, 0 where there are none."""
     truth = batch.truth
     logits = stage.masks[rows.images, rows.kernels].float().contiguous()
-    pieces, images = _pieces(rows.counts)
+    pieces, images = _pieces(rows.counts if truth.points is not None else [sum(rows.counts)])
     values = on_the_spot(
         logits,
         lambda masks, piece: truth.see(upsample2(masks[None]).squeeze(0), images[piece]),
@@ -264,7 +264,10 @@ def _mask_losses(stage: StageOutput, rows: _Rows, batch: _Batch) -> tuple[Tensor
 
 
 def _pieces(counts: Sequence[int]) -> tuple[list[slice], list[int]]:
-    """Cut rows into pieces that are within one image each; return them and their images."""
+    """Cut rows into pieces that are within one image each; return them and their images.
+
+    Only points differ from image to image: without them a batch may count as one image.
+    """
     pieces: list[slice] = []
     images: list[int] = []
     start = 0
