@@ -5,10 +5,10 @@ python benchmarks/core.py [--bf16] [--device cuda] [--quick] [--only PART ...] [
 Both forms run alternately, round by round, in one process; a row is the median of the rounds, its
 ratio the median of the rounds' ratios. Before that their results are compared, and a difference
 beyond the stated tolerance ends the run. Peak memory is measured in a process of its own for each
-form, above what its inputs and weights take, with the allocator as it comes; for times on a CPU both
-sides keep freed memory. The reference is `straightforward.py`; its network is the same modules as
-they are built: NCHW, batch normalisation not folded. In training ours is NCHW too in fp32, where
-channels_last only costs, and channels_last under bf16 and on a GPU.
+form, above what its inputs and weights take, with the allocator as it comes; for times on a CPU
+both sides keep freed memory. The reference is `straightforward.py`; its network is the same
+modules as they are built: NCHW, batch normalisation not folded. In training ours is NCHW too in
+fp32, where channels_last gained nothing, and channels_last under bf16 and on a GPU.
 """
 
 import argparse

@@ -138,9 +138,9 @@ def mask_and_dice(logits: Tensor, targets: Tensor) -> Valued:
     num_pixels = logits.shape[1]
     probability = logits.sigmoid()
     cross_entropy = F.softplus(logits).addcmul_(logits, targets, value=-1).sum(1) / num_pixels
-    overlap = torch.einsum("mp,mp->m", probability, targets)
-    squares = torch.einsum("mp,mp->m", probability, probability)
-    squares = squares + torch.einsum("mp,mp->m", targets, targets) + 2 * DICE_EPS
+    overlap = torch.linalg.vecdot(probability, targets)
+    squares = torch.linalg.vector_norm(probability, dim=1).square()
+    squares = squares + torch.linalg.vector_norm(targets, dim=1).square() + 2 * DICE_EPS
     dice = 1 - 2 * overlap / squares
 
     by_cross_entropy = (probability - targets).div_(num_pixels)

@@ -65,8 +65,7 @@ def assignment_cost(
     overlap = (target @ probability.T).T  # in this order fast for either layout of the masks
     both_empty = num_pixels - probability.sum(1)[:, None] - target.sum(1) + overlap
     mask_cost = -(overlap + both_empty) / num_pixels
-    target_squares = torch.linalg.vector_norm(target, dim=1).square()
-    squares = probability.square_().sum(1)[:, None] + target_squares
+    squares = _squares(probability)[:, None] + _squares(target)
     dice_cost = -2 * overlap / (squares + 2 * DICE_EPS)
     cost: Tensor = weights.mask * mask_cost + weights.dice * dice_cost
     if class_logits is not None:
@@ -75,3 +74,8 @@ def assignment_cost(
         negative = -(1 - FOCAL_ALPHA) * score.square() * (1 - score + 1e-12).log()
         cost = cost + weights.cls * (positive - negative)[:, labels]
     return cost
+
+
+def _squares(maps: Tensor) -> Tensor:
+    """Return the sum of squares of each row."""
+    return torch.linalg.vector_norm(maps, dim=1).square()
