@@ -78,4 +78,5 @@ def assignment_cost(
 
 def _squares(maps: Tensor) -> Tensor:
     """Return the sum of squares of each row."""
-    return torch.linalg.vector_norm(maps, dim=1).square()
+    squares: Tensor = torch.linalg.vector_norm(maps, dim=1).square()
+    return squares
