@@ -31,7 +31,10 @@ from knet_core.errors import (
 if TYPE_CHECKING:
     from knet_core.checkpoint import load_model
     from knet_core.checkpoint_state import CheckpointState, load_recipe, parse_state, read_state
-    from knet_core.data import build_dataset, data_fingerprint, load_image, make_shapes
+    from knet_core.data import build_dataset, data_fingerprint, data_home, load_image, make_shapes
+    from knet_core.data.check import check_data
+    from knet_core.data.check_report import CHECK_ERRORS, CHECK_WARNINGS, CheckReport, Finding
+    from knet_core.data.convert import coco_from_index_masks, coco_from_via, write_coco
     from knet_core.engine import fit
     from knet_core.evaluation import evaluate
     from knet_core.inference import keep_freed_memory, prepare_for_inference
@@ -41,8 +44,11 @@ if TYPE_CHECKING:
     from knet_core.official import Imported, import_official
     from knet_core.prediction import predict, predict_stages
     from knet_core.progress import Callback, FitResult, Point, Report
-    from knet_core.results import ResultFiles
+    from knet_core.results import ResultWriter, new_folder
     from knet_core.schedule import plan_schedule
+    from knet_core.scoring.instances import score_instances
+    from knet_core.scoring.panoptic import score_panoptic
+    from knet_core.scoring.semantic import score_semantic
     from knet_core.speed import Rate, Speed, measure_speed
     from knet_core.structures import (
         Batch,
@@ -60,8 +66,12 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "Batch": "knet_core.structures",
+    "CHECK_ERRORS": "knet_core.data.check_report",
+    "CHECK_WARNINGS": "knet_core.data.check_report",
     "Callback": "knet_core.progress",
+    "CheckReport": "knet_core.data.check_report",
     "CheckpointState": "knet_core.checkpoint_state",
+    "Finding": "knet_core.data.check_report",
     "FitResult": "knet_core.progress",
     "ImageInfo": "knet_core.structures",
     "ImageSize": "knet_core.structures",
@@ -75,15 +85,19 @@ _LAZY = {
     "Point": "knet_core.progress",
     "Rate": "knet_core.speed",
     "Report": "knet_core.progress",
-    "ResultFiles": "knet_core.results",
+    "ResultWriter": "knet_core.results",
     "SemanticMap": "knet_core.structures",
     "Speed": "knet_core.speed",
     "StageOutput": "knet_core.structures",
     "Targets": "knet_core.structures",
     "build_dataset": "knet_core.data",
+    "coco_from_index_masks": "knet_core.data.convert",
+    "coco_from_via": "knet_core.data.convert",
     "build_model": "knet_core.models.knet",
+    "check_data": "knet_core.data.check",
     "contact_sheet": "knet_core.visualize",
     "data_fingerprint": "knet_core.data",
+    "data_home": "knet_core.data",
     "draw": "knet_core.visualize",
     "draw_instances": "knet_core.visualize",
     "draw_kernel_maps": "knet_core.kernel_maps",
@@ -97,18 +111,26 @@ _LAZY = {
     "make_shapes": "knet_core.data",
     "mean_activations": "knet_core.kernel_maps",
     "measure_speed": "knet_core.speed",
+    "new_folder": "knet_core.results",
     "parse_state": "knet_core.checkpoint_state",
     "plan_schedule": "knet_core.schedule",
     "predict": "knet_core.prediction",
     "predict_stages": "knet_core.prediction",
     "prepare_for_inference": "knet_core.inference",
     "read_state": "knet_core.checkpoint_state",
+    "score_instances": "knet_core.scoring.instances",
+    "score_panoptic": "knet_core.scoring.panoptic",
+    "score_semantic": "knet_core.scoring.semantic",
+    "write_coco": "knet_core.data.convert",
 }
 
 __all__ = [
+    "CHECK_ERRORS",
+    "CHECK_WARNINGS",
     "BackboneConfig",
     "Batch",
     "Callback",
+    "CheckReport",
     "CheckpointError",
     "CheckpointState",
     "ConfigError",
@@ -116,6 +138,7 @@ __all__ = [
     "DataError",
     "DiskFullError",
     "EvalConfig",
+    "Finding",
     "FitResult",
     "ImageInfo",
     "ImageSize",
@@ -135,7 +158,7 @@ __all__ = [
     "Rate",
     "Recipe",
     "Report",
-    "ResultFiles",
+    "ResultWriter",
     "SemanticMap",
     "ShapesConfig",
     "Speed",
@@ -145,8 +168,12 @@ __all__ = [
     "TrainConfig",
     "build_dataset",
     "build_model",
+    "check_data",
+    "coco_from_index_masks",
+    "coco_from_via",
     "contact_sheet",
     "data_fingerprint",
+    "data_home",
     "draw",
     "draw_instances",
     "draw_kernel_maps",
@@ -160,12 +187,17 @@ __all__ = [
     "make_shapes",
     "mean_activations",
     "measure_speed",
+    "new_folder",
     "parse_state",
     "plan_schedule",
     "predict",
     "predict_stages",
     "prepare_for_inference",
     "read_state",
+    "score_instances",
+    "score_panoptic",
+    "score_semantic",
+    "write_coco",
 ]
 
 

@@ -17,7 +17,7 @@ SemanticHead = Literal["fcn", "pspnet", "deeplabv3", "upernet"]
 Pasting = Literal["mixed", "separate"]
 Compat = Literal["none", "published"]
 Precision = Literal["fp32", "bf16", "fp16"]
-DataFormat = Literal["coco", "coco_panoptic", "ade20k", "shapes"]
+DataFormat = Literal["coco", "coco_panoptic", "ade20k", "cityscapes", "shapes"]
 
 
 def _check(*rules: tuple[bool, str]) -> None:
@@ -221,7 +221,8 @@ class DataConfig:
 
     format: DataFormat = "coco"
     root: str = "coco"
-    """Folder of the data set; a relative path lies below `KNET_DATA`, else the working folder."""
+    """Folder of the data set; a relative path lies below `KNET_DATA`, else
+    `DETECTRON2_DATASETS`, else the working folder."""
     train: SplitConfig = SplitConfig(
         images=("train2017", "train", "images/train"),
         annotations=(
@@ -253,6 +254,9 @@ class DataConfig:
     than this share (published for ADE20K: 0.75)."""
     photometric: bool = False
     """Random brightness, contrast, saturation and hue in training (published for ADE20K)."""
+    group_by_aspect: bool = True
+    """Order the images of every optimizer step wide before tall, so that micro-batches need little
+    padding; crops are square, so with `crop` there is nothing to order."""
     num_workers: int = 2
     """Loader processes per training worker; 0 loads in the training process."""
 

@@ -1,6 +1,7 @@
 """Scores over all workers, pictures of a few predictions, and the model's speed."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,7 @@ from knet_core.errors import ConfigError, DataError
 from knet_core.metrics.metric import Metric, metric_factory
 from knet_core.models.knet import KNet
 from knet_core.prediction import predict, predict_stages
+from knet_core.structures import ImageInfo, Prediction
 from knet_core.visualize import contact_sheet, draw
 
 _WARM_UP = 5
@@ -28,6 +30,8 @@ def evaluate(
     device: torch.device,
     num_workers: int = 0,
     per_stage: bool = False,
+    scored: bool = True,
+    on_prediction: Callable[[ImageInfo, Prediction], None] | None = None,
 ) -> tuple[dict[str, float], bytes | None]:
     """Score a model on one split; each worker predicts a share of the images.
 
@@ -38,6 +42,8 @@ def evaluate(
         device: Where the model is.
         num_workers: Loader processes.
         per_stage: Score every stage as well; it costs a post-processing each.
+        scored: Compare with the ground truth; without it there need not be any.
+        on_prediction: Takes the prediction of every image of this worker as it comes.
 
     Returns:
         Metrics `val/<name>` on every worker, with `per_stage` also `val/stage<i>/<name>` (0 the
@@ -60,8 +66,10 @@ def evaluate(
         )
     was_training = model.training
     model.eval()
-    new_metric = metric_factory(dataset)
-    scores = [new_metric() for _ in range(len(model.updates) + 1 if per_stage else 1)]
+    scores: list[Metric] = []
+    if scored:
+        new_metric = metric_factory(dataset)
+        scores = [new_metric() for _ in range(len(model.updates) + 1 if per_stage else 1)]
     batches = eval_loader(
         dataset,
         batch_size=config.batch_size,
@@ -75,11 +83,14 @@ def evaluate(
             found = predict_stages(model, images, batch.infos)
         else:
             found = [predict(model, images, batch.infos, config)]
-        for metric, predictions in zip(scores, found, strict=True):
+        for metric, predictions in zip(scores, found, strict=scored):
             for info, prediction in zip(batch.infos, predictions, strict=True):
                 metric.add(info, prediction)
+        if on_prediction is not None:
+            for info, prediction in zip(batch.infos, found[-1], strict=True):
+                on_prediction(info, prediction)
     results = [_gathered(metric) for metric in scores]
-    metrics = dict(results[-1])
+    metrics = dict(results[-1]) if scored else {}
     if per_stage:
         for number, result in enumerate(results):
             metrics |= {

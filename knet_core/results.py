@@ -1,61 +1,101 @@
 """Predictions as files that other tools read: COCO results, COCO panoptic, label images."""
 
-import io
+import errno
 import json
-from collections.abc import Sequence
-from pathlib import PurePath
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_api
 
 from knet_core.data.source import Category
-from knet_core.structures import Instances, PanopticMap, Prediction, SemanticMap
-
-Files = dict[str, bytes]
-"""Contents by relative path."""
+from knet_core.errors import DataError, DiskFullError
+from knet_core.structures import ImageInfo, Instances, PanopticMap, Prediction, SemanticMap
 
 
-class ResultFiles:
-    """Collects the predictions of one task and lays them out as files.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into; it appears at `path` when the block ends, whole or not at all.
+
+    Args:
+        path: Must not exist, unless as an empty folder.
+
+    Raises:
+        DiskFullError: The disk is full; nothing is left behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            folder = Path(scratch, path.name)
+            folder.mkdir()  # with the permissions that the user wants, unlike the one around it
+            yield folder
+            folder.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{path}: the disk is full; nothing was written: free some space or choose "
+                f"another folder"
+            ) from error
+        raise
+
+
+class ResultWriter:
+    """Writes the predictions of one task as they come; no image is kept in memory.
 
     Instances become `instances.json` (COCO's results form with `file_name`), panoptic maps
     `panoptic.json` with `panoptic/<name>.png` (COCO's panoptic form), semantic maps
-    `semantic/<name>.png` (ADE20K's form: label + 1, 0 is kept for "ignore").
+    `semantic/<name>.png` (ADE20K's form: label + 1, 0 is kept for "ignore"). A name is the image's
+    without its ending; folders in it are joined by `_`.
 
     Args:
+        folder: An empty one.
         categories: Classes in the order of labels.
     """
 
-    def __init__(self, categories: Sequence[Category]) -> None:
+    def __init__(self, folder: Path, categories: Sequence[Category]) -> None:
+        self._folder = folder
         self._categories = categories
-        self._instances: list[dict[str, Any]] = []
+        self._instances: TextIO | None = None
+        self._separator = "["
         self._panoptic: list[dict[str, Any]] = []
         self._images: list[dict[str, Any]] = []
-        self._maps: Files = {}
+        self._names: set[str] = set()
 
-    def add(self, name: str, prediction: Prediction) -> None:
-        """Take the prediction of the image of this file name; names must differ."""
-        image_id = len(self._images) + 1
+    def add(self, info: ImageInfo, prediction: Prediction) -> None:
+        """Take the prediction of one image.
+
+        Raises:
+            DataError: An earlier image's file has the same name.
+        """
         if isinstance(prediction, Instances):
-            size = tuple(prediction.masks.shape[1:])
-            self._add_instances(image_id, name, prediction)
-        elif isinstance(prediction, PanopticMap):
-            size = tuple(prediction.ids.shape)
-            self._add_panoptic(image_id, name, prediction)
+            self._add_instances(info, prediction)
+            return
+        parts = PurePosixPath(info.file_name).with_suffix("").parts
+        stem = "_".join(part for part in parts if part not in ("..", "/"))
+        if stem in self._names:
+            raise DataError(
+                f"image {info.image_id}: {info.file_name} would overwrite another image's "
+                f"{stem}.png; expected different file names: rename one"
+            )
+        self._names.add(stem)
+        if isinstance(prediction, PanopticMap):
+            self._add_panoptic(info, f"{stem}.png", prediction)
         else:
-            size = tuple(prediction.labels.shape)
-            self._add_semantic(name, prediction)
-        self._images.append(
-            {"id": image_id, "file_name": name, "height": size[0], "width": size[1]}
-        )
+            self._add_semantic(f"{stem}.png", prediction)
 
-    def files(self) -> Files:
-        """Return everything collected so far."""
-        files = dict(self._maps)
-        if self._panoptic:
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write what belongs to all images together, unless something went wrong."""
+        if self._instances is not None:
+            with self._instances:
+                self._instances.write("[]\n" if self._separator == "[" else "]\n")
+        if self._panoptic and kind is None:
             document = {
                 "images": self._images,
                 "annotations": self._panoptic,
@@ -64,38 +104,44 @@ class ResultFiles:
                     for c in self._categories
                 ],
             }
-            files["panoptic.json"] = _json(document)
-        elif not files:
-            files["instances.json"] = _json(self._instances)
-        return files
+            (self._folder / "panoptic.json").write_text(_json(document))
 
-    def _add_instances(self, image_id: int, name: str, found: Instances) -> None:
-        masks = found.masks.cpu().numpy().astype(np.uint8)
-        rles = mask_api.encode(np.asfortranarray(masks.transpose(1, 2, 0)))
-        for score, label, rle in zip(
-            found.scores.tolist(), found.labels.tolist(), rles, strict=True
+    def _add_instances(self, info: ImageInfo, found: Instances) -> None:
+        if self._instances is None:
+            self._instances = (self._folder / "instances.json").open("w")
+        masks = found.masks.cpu().numpy().view(np.uint8)
+        for score, label, mask in zip(
+            found.scores.tolist(), found.labels.tolist(), masks, strict=True
         ):
-            self._instances.append(
-                {
-                    "image_id": image_id,
-                    "file_name": name,
-                    "category_id": self._categories[label].id,
-                    "score": score,
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                }
-            )
+            rle = mask_api.encode(np.asfortranarray(mask))
+            entry = {
+                "image_id": info.image_id,
+                "file_name": info.file_name,
+                "category_id": self._categories[label].id,
+                "score": score,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+            self._instances.write(self._separator + _json(entry))
+            self._separator = ",\n"
 
-    def _add_panoptic(self, image_id: int, name: str, found: PanopticMap) -> None:
+    def _add_panoptic(self, info: ImageInfo, file: str, found: PanopticMap) -> None:
         ids = found.ids.cpu().numpy()
-        file = f"{PurePath(name).stem}.png"
         channels = [ids & 255, ids >> 8 & 255, ids >> 16 & 255]
-        self._maps[f"panoptic/{file}"] = _png(np.stack(channels, axis=-1).astype(np.uint8))
-        areas = dict(
-            zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True)
+        pixels = np.stack(channels, axis=-1).astype(np.uint8)
+        self._save("panoptic", file, Image.fromarray(pixels))
+        counts = np.unique(ids, return_counts=True)
+        areas = dict(zip(*(part.tolist() for part in counts), strict=True))
+        self._images.append(
+            {
+                "id": info.image_id,
+                "file_name": info.file_name,
+                "height": ids.shape[0],
+                "width": ids.shape[1],
+            }
         )
         self._panoptic.append(
             {
-                "image_id": image_id,
+                "image_id": info.image_id,
                 "file_name": file,
                 "segments_info": [
                     {
@@ -109,16 +155,14 @@ class ResultFiles:
             }
         )
 
-    def _add_semantic(self, name: str, found: SemanticMap) -> None:
+    def _add_semantic(self, file: str, found: SemanticMap) -> None:
         labels = found.labels.cpu().numpy().astype(np.uint8) + np.uint8(1)
-        self._maps[f"semantic/{PurePath(name).stem}.png"] = _png(labels)
+        self._save("semantic", file, Image.fromarray(labels))
+
+    def _save(self, kind: str, file: str, picture: Image.Image) -> None:
+        (self._folder / kind).mkdir(exist_ok=True)
+        picture.save(self._folder / kind / file, format="PNG")
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _json(document: Any) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode()
+def _json(document: Any) -> str:
+    return json.dumps(document, separators=(",", ":"))

@@ -7,7 +7,7 @@ imported on first use, so that planning a sweep stays fast.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from knet_core.data.paths import data_fingerprint, resolve_root
+from knet_core.data.paths import data_fingerprint, data_home, resolve_root
 
 if TYPE_CHECKING:
     from knet_core.data.dataset import Sample, SegmentationDataset, build_dataset, collate
@@ -37,6 +37,7 @@ __all__ = [
     "build_dataset",
     "collate",
     "data_fingerprint",
+    "data_home",
     "eval_loader",
     "load_image",
     "make_shapes",

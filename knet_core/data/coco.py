@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
-from knet_core.data.coco_index import read_index, run_lengths
+from knet_core.data.coco_annotations import run_lengths
+from knet_core.data.coco_index import read_index
 from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, read_image
 from knet_core.data.paths import SplitFiles
 from knet_core.data.source import (
@@ -22,6 +23,9 @@ from knet_core.errors import DataError
 class CocoSource:
     """One split of a COCO data set.
 
+    Outside training the file may lack annotations (COCO's test-dev): its images then have no
+    objects and can be predicted, not scored.
+
     Args:
         files: Where the split lies.
         training: Drop images without any object that is not crowd, and tiny ones.
@@ -32,7 +36,7 @@ class CocoSource:
 
     def __init__(self, files: SplitFiles, *, training: bool) -> None:
         self._files = files
-        self._index = index = read_index(files)
+        self._index = index = read_index(files, training=training)
         self.categories = index.categories
         self._kept = np.arange(len(index.image_ids))
         if training:
@@ -58,6 +62,10 @@ class CocoSource:
             width=width,
         )
 
+    def sizes(self) -> NDArray[np.int32]:
+        """Return the stated height and width of all images (N, 2)."""
+        return self._index.sizes[self._kept]
+
     def image(self, index: int) -> NDArray[np.uint8]:
         """Decode one image, (H0, W0, 3) RGB.
 
@@ -78,7 +86,7 @@ class CocoSource:
         single = [a for a in table.annotations(image).tolist() if not table.crowd[a]]
         if not single:
             return np.zeros(0, dtype=np.int64), np.zeros((0, height, width), dtype=np.uint8)
-        masks = [_decode(table.rle(a, height, width)["counts"], height, width) for a in single]
+        masks = [decode_mask(table.rle(a, height, width)["counts"], height, width) for a in single]
         return table.labels[single], np.stack(masks)
 
     def semantic(self, index: int) -> NDArray[np.uint8] | None:
@@ -95,7 +103,7 @@ class CocoSource:
         labels = np.full((height, width), len(self.categories), dtype=np.uint8)
         for annotation in crowds:
             counts = table.rle(annotation, height, width)["counts"]
-            labels[_decode(counts, height, width).view(np.bool_)] = IGNORED
+            labels[decode_mask(counts, height, width).view(np.bool_)] = IGNORED
         return labels
 
     def panoptic(self, index: int) -> PanopticTruth:
@@ -114,8 +122,17 @@ class CocoSource:
 
         Annotations are numbered from 1: pycocotools takes id 0 for "not matched". Areas are the
         file's, by which COCO sorts small from large; where it states none, the mask's.
+
+        Raises:
+            DataError: The file lists images only, as that of COCO's test-dev.
         """
         table = self._index
+        if not table.annotated:
+            raise DataError(
+                f"{self._files.annotations}: lists images without annotations, so nothing can "
+                f"be scored; expected a list named 'annotations': predict with it, or set "
+                f"data.val.annotations to an annotated split"
+            )
         annotations: list[dict[str, Any]] = []
         for image in self._kept.tolist():
             height, width = table.sizes[image].tolist()
@@ -140,7 +157,7 @@ class CocoSource:
         }
 
 
-def _decode(counts: bytes, height: int, width: int) -> NDArray[np.uint8]:
+def decode_mask(counts: bytes, height: int, width: int) -> NDArray[np.uint8]:
     """Return the mask (H0, W0) of run lengths, which count down the columns from a run of 0."""
     lengths = run_lengths(counts)
     values = (np.arange(len(lengths)) % 2).astype(np.uint8)

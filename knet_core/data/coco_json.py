@@ -3,19 +3,22 @@
 Every problem found is one line; all problems of a file are reported together.
 """
 
-import json
-import os
 import posixpath
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from knet_core.data.json_stream import Consumer, read_lists
 from knet_core.data.paths import SplitFiles
-from knet_core.data.source import Category
+from knet_core.data.source import MOST_PIXELS, Category
+from knet_core.data.storage import Folders
 from knet_core.errors import DataError
 
 _MOST_PROBLEMS = 20
+_MOST_SIDE = 2**16
+_IMAGE_KEYS = ("id", "file_name", "height", "width")
 
 
 class Problems:
@@ -24,10 +27,13 @@ class Problems:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._lines: list[str] = []
+        self._count = 0
 
     def add(self, where: str, text: str) -> None:
         """Note one problem of the file."""
-        self._lines.append(f"{self._file}: {where}: {text}")
+        self._count += 1
+        if self._count <= _MOST_PROBLEMS:
+            self._lines.append(printable(f"{self._file}: {where}: {text}"))
 
     def raise_all(self) -> None:
         """Raise what was noted, if anything.
@@ -37,41 +43,54 @@ class Problems:
         """
         if not self._lines:
             return
-        shown = self._lines[:_MOST_PROBLEMS]
-        if hidden := len(self._lines) - len(shown):
-            shown.append(f"{self._file}: and {hidden} more problems")
+        shown = list(self._lines)
+        if hidden := self._count - len(shown):
+            shown.append(printable(f"{self._file}: and {hidden} more problems"))
         raise DataError("\n".join(shown))
 
 
-def parse(path: Path, kind: str, compact: Callable[[dict[str, Any]], Any]) -> dict[str, list[Any]]:
-    """Return a COCO file's lists of images, annotations and categories.
+def parse(
+    path: Path, kind: str, consume: Consumer, *, needed: bool = True
+) -> tuple[list[Any], list[Any], bool]:
+    """Return a COCO file's images and categories; its annotations are handed over one by one.
 
     Args:
         path: The JSON file.
         kind: What it should hold, for messages: instances or panoptic.
-        compact: Applied to every JSON object while the file is still being parsed.
+        consume: Takes position and value of every annotation.
+        needed: A file of images and categories alone is refused.
+
+    Returns:
+        Images, categories, and whether the file has a list of annotations.
 
     Raises:
         DataError: The file cannot be read, is not JSON, or lacks a list.
     """
-    try:
-        document: Any = json.loads(path.read_bytes(), object_hook=compact)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); expected COCO {kind}: write or download it again"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check the file's permissions"
-        ) from None
+    images: list[Any] = []
+    categories: list[Any] = []
+
+    def keep_image(position: int, entry: Any) -> None:
+        if isinstance(entry, dict):
+            entry = {key: entry[key] for key in _IMAGE_KEYS if key in entry}
+        images.append(entry)
+
+    found = read_lists(
+        path,
+        kind,
+        {
+            "images": keep_image,
+            "annotations": consume,
+            "categories": lambda position, entry: categories.append(entry),
+        },
+    )
+    optional = set() if needed or not images else {"annotations"}
     for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
+        if key not in found | optional:
             raise DataError(
                 f"{path}: no list named {key!r}; expected COCO {kind} with images, "
                 f"annotations and categories: check that this is the {kind} file"
             )
-    checked: dict[str, list[Any]] = document
-    return checked
+    return images, categories, "annotations" in found
 
 
 def read_categories(
@@ -91,7 +110,7 @@ def read_categories(
         elif kinds and get(entry, "isthing") not in (0, 1):
             problems.add(
                 f"category id {entry['id']}",
-                f"isthing is {entry.get('isthing')!r}; expected 1 for things or 0 for stuff",
+                f"isthing is {short(entry.get('isthing'))}; expected 1 for things or 0 for stuff",
             )
         else:
             isthing = bool(entry["isthing"]) if kinds else True
@@ -104,19 +123,25 @@ def read_categories(
 
 
 def read_images(
-    entries: Sequence[Any], files: SplitFiles, problems: Problems
+    entries: Sequence[Any], problems: Problems
 ) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    """Return ids, file names and (height, width) of all images; every file is looked up."""
+    """Return ids, file names and (height, width) of all images."""
     ids, names, sizes = [], [], []
     for position, entry in enumerate(entries):
         number, name = get(entry, "id"), get(entry, "file_name")
         size = get(entry, "height"), get(entry, "width")
         if not (is_id(number) and isinstance(name, str)):
             problems.add(f"images[{position}]", "expected an integer id and a file_name")
-        elif not all(is_id(side) and side > 0 for side in size):
+        elif not all(is_id(side) and 0 < side <= _MOST_SIDE for side in size):
             problems.add(
                 f"image {number}",
-                f"height {size[0]!r}, width {size[1]!r}; expected pixels, both > 0",
+                f"height {short(size[0])}, width {short(size[1])}; expected pixels, both > 0 and "
+                f"at most {_MOST_SIDE}",
+            )
+        elif size[0] * size[1] > MOST_PIXELS:
+            problems.add(
+                f"image {number}",
+                f"{size[1]} x {size[0]} pixels; expected at most {MOST_PIXELS}: cut it into tiles",
             )
         else:
             ids.append(number)
@@ -124,33 +149,46 @@ def read_images(
             sizes.append(size)
     for number in repeated(ids):
         problems.add(f"image id {number}", "listed twice; give every image its own id")
-    _check_files(ids, names, files, problems)
     return ids, names, sizes
 
 
-def _check_files(
-    ids: Sequence[int], names: Sequence[str], files: SplitFiles, problems: Problems
+def check_files(
+    ids: Iterable[int],
+    names: Iterable[str],
+    files: SplitFiles,
+    problems: Problems,
+    *,
+    folder: Path | None = None,
 ) -> None:
-    """Look every image up, reading each folder once."""
-    root, images = str(files.root), posixpath.normpath(files.images)
-    allowed = (root.rstrip("/") + "/", images + "/")  # the recipe may place images elsewhere
-    listings: dict[str, set[str]] = {}
+    """Look every image up, reading each folder once; nothing outside the set is looked at.
+
+    Args:
+        ids: Of the images.
+        names: Their files, relative to `folder`.
+        files: The split.
+        problems: Where to note what is missing or lies outside.
+        folder: Of the files; unset: of the images.
+    """
+    kind = "image file" if folder is None else "segments"
+    base = posixpath.normpath(folder or files.images)
+    # The recipe may place images elsewhere.
+    allowed = (posixpath.normpath(files.root).rstrip("/") + "/", base + "/")
+    folders = Folders([files.root, folder or files.images])
     for number, name in zip(ids, names, strict=True):
-        path = posixpath.normpath(posixpath.join(images, name))
-        if not path.startswith(allowed):
+        path = posixpath.normpath(posixpath.join(base, name))
+        inside = path.startswith(allowed)
+        listing = folders.list(posixpath.dirname(path)) if inside else None
+        if listing is None or posixpath.basename(path) in listing.outside:
             problems.add(
                 f"image {number}",
-                f"file_name {name!r} points outside the data set {root}; expected a path "
-                f"below {images}: correct the file_name",
+                f"file_name {short(name)} points outside the data set {files.root}; expected a "
+                f"path below {base}"
+                + (": correct the file_name" if listing is None else ", no link: copy the file"),
             )
-            continue
-        folder, _, leaf = path.rpartition("/")
-        if folder not in listings:
-            listings[folder] = list_files(folder)
-        if leaf not in listings[folder]:
+        elif posixpath.basename(path) not in listing.names:
             problems.add(
                 f"image {number}",
-                f"no image file {path}; add the file or remove the entry and its annotations",
+                f"no {kind} {path}; add the file or remove the entry and its annotations",
             )
 
 
@@ -171,23 +209,27 @@ def report_unknown(
         )
 
 
-def list_files(folder: str | Path) -> set[str]:
-    """Return the names in a folder; none where it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return set()
-
-
 def get(entry: Any, key: str, default: Any = None) -> Any:
     """Return a value of a JSON object, or the default where `entry` is none."""
     return entry.get(key, default) if isinstance(entry, dict) else default
 
 
 def is_id(value: Any) -> bool:
-    """Tell whether a JSON value is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Tell whether a JSON value is a whole number of at most 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def short(value: Any) -> str:
+    """Return any JSON value as a few characters."""
+    return reprlib.repr(value) if not isinstance(value, str) else f"{value[:200]!r}"
+
+
+def printable(text: str) -> str:
+    """Return one line that any terminal can show, whatever names from a file it repeats."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
 
 
 def repeated(ids: Iterable[int]) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knet_core.config import DataConfig, DataFormat, Task
+from knet_core.data.cityscapes import CityscapesSource
 from knet_core.data.coco import CocoSource
 from knet_core.data.coco_panoptic import CocoPanopticSource
 from knet_core.data.paths import Split, find_split
@@ -37,10 +38,11 @@ from knet_core.structures import (
     Targets,
 )
 
-_TASKS: dict[DataFormat, tuple[Task, ...]] = {
+TASKS: dict[DataFormat, tuple[Task, ...]] = {
     "coco": ("instance",),
     "coco_panoptic": ("panoptic", "instance", "semantic"),
     "ade20k": ("semantic",),
+    "cityscapes": ("instance", "panoptic", "semantic"),
     "shapes": ("instance", "panoptic", "semantic"),
 }
 """What each format can serve."""
@@ -144,6 +146,13 @@ class SegmentationDataset:
             return self._source.objects(index)
         return np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.uint8)
 
+    def tall(self) -> NDArray[np.bool_] | None:
+        """Return which images are higher than wide (N,); None where batches do not ask for it."""
+        if self._config.crop is not None or not self._config.group_by_aspect:
+            return None
+        sizes = self._source.sizes()
+        return sizes[:, 0] > sizes[:, 1]
+
     def raw_image(self, index: int) -> NDArray[np.uint8]:
         """Return the stored pixels, (H0, W0, 3) RGB."""
         return self._source.image(index)
@@ -190,6 +199,21 @@ class SegmentationDataset:
         return {self._source.record(index).id: index for index in range(len(self))}
 
 
+def refuse_task(layout: DataFormat, task: Task) -> None:
+    """Refuse a format that holds no annotations for the task.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if task not in TASKS[layout]:
+        formats = [name for name, tasks in TASKS.items() if task in tasks]
+        raise ConfigError(
+            f"data.format: {layout} holds no annotations for model.task={task}; expected "
+            f"{', '.join(formats[:-1])} or {formats[-1]}: choose such a data set, or "
+            f"model.task={' or '.join(TASKS[layout])}"
+        )
+
+
 def build_dataset(
     config: DataConfig, split: Split, *, seed: int, task: Task = "instance"
 ) -> SegmentationDataset:
@@ -200,18 +224,14 @@ def build_dataset(
         DataError: Files are missing or annotations cannot be used; one line for each problem.
     """
     training = split == "train"
-    if task not in _TASKS[config.format]:
-        formats = [name for name, tasks in _TASKS.items() if task in tasks]
-        raise ConfigError(
-            f"data.format: {config.format} holds no annotations for model.task={task}; expected "
-            f"{', '.join(formats[:-1])} or {formats[-1]}: choose such a data set, or "
-            f"model.task={' or '.join(_TASKS[config.format])}"
-        )
+    refuse_task(config.format, task)
     source: Source
     if config.format == "shapes":
         source = ShapesSource(config.shapes, split, task=task)
     elif config.format == "ade20k":
         source = SemanticFolderSource(find_split(config, split), config)
+    elif config.format == "cityscapes":
+        source = CityscapesSource(find_split(config, split), training=training, task=task)
     elif config.format == "coco_panoptic":
         source = CocoPanopticSource(find_split(config, split), training=training, task=task)
     else:

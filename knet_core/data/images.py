@@ -1,5 +1,7 @@
 """Decoding image files, and what makes an image unfit."""
 
+import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from knet_core.data.paths import SplitFiles
-from knet_core.data.source import ImageRecord
+from knet_core.data.source import MOST_PIXELS, ImageRecord
+from knet_core.data.storage import open_file
 from knet_core.errors import DataError
 
 SMALLEST_SIDE = 32
@@ -21,9 +24,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) RGB.
 
     Raises:
-        DataError: The file is missing, cut short, not an image, or has more than 8 bits a channel.
+        DataError: The file is missing, cut short, not an image, too large, or has more than 8 bits
+            a channel.
     """
-    with decoding(path), Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode.startswith(("I", "F")):
             raise DataError(
                 f"{path}: pixels of mode {image.mode}; expected 8 bits a channel: convert it"
@@ -32,18 +36,39 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def decoding(path: Path) -> Iterator[None]:
-    """Turn what Pillow raises for a damaged file into one line.
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; what Pillow raises for a damaged one becomes one line.
 
     Raises:
-        DataError: The file is missing, cut short or not an image.
+        DataError: The file is missing, cut short, not an image, or too large.
     """
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be decoded ({error}); expected a whole image: fetch or write it again"
-        ) from None
+        with open_file(path) as file:
+            with warnings.catch_warnings():
+                # Our limit is below the one at which Pillow refuses, beyond that where it warns.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file)
+            with image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise DataError(
+                        f"{path}: {image.width} x {image.height} pixels; expected at most "
+                        f"{MOST_PIXELS}: cut it into tiles"
+                    )
+                yield image
+    except UnidentifiedImageError:
+        raise _undecodable(path, "not an image") from None
+    except OSError as error:
+        raise _undecodable(path, error.strerror or error) from None
+    except (SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise _undecodable(path, error) from None
+    except Image.DecompressionBombError as error:
+        raise _undecodable(path, error) from None
+
+
+def _undecodable(path: Path, reason: object) -> DataError:
+    return DataError(
+        f"{path}: cannot be decoded ({reason}); expected a whole image: fetch or write it again"
+    )
 
 
 def check_size(path: Path, pixels: NDArray[Any], record: ImageRecord, stated_in: str) -> None:

@@ -4,6 +4,11 @@ Training reads one infinite sequence: a permutation of the data set for every ep
 other. Optimizer step s of global batch B reads positions s*B to (s+1)*B, and worker r of W a
 contiguous W-th of them. So what a step trains on depends neither on the number of loader
 processes or workers nor on where a run was interrupted.
+
+Padding is saved by the order within a step: wide images come before tall ones, so at most one
+micro-batch of a step holds both. The published loaders instead draw every worker's images from one
+kind, and leave out or repeat what does not fill a batch; here a step trains on the same images
+with and without.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +27,16 @@ _Place = tuple[int, int]
 
 
 class TrainStream:
-    """The infinite training sequence over `length` samples."""
+    """The infinite training sequence over `length` samples.
 
-    def __init__(self, length: int, *, seed: int) -> None:
+    Args:
+        length: Number of samples.
+        seed: Decides the order.
+        tall: (length,) images higher than wide, to be kept together within a step; None does not.
+    """
+
+    def __init__(self, length: int, *, seed: int, tall: NDArray[np.bool_] | None = None) -> None:
+        self._tall = tall
         self._length = length
         self._seed = seed
         self._epoch = -1
@@ -37,6 +49,16 @@ class TrainStream:
             rng = np.random.default_rng((self._seed, epoch))
             self._epoch, self._order = epoch, rng.permutation(self._length)
         return epoch, int(self._order[offset])
+
+    def step(self, step: int, batch_size: int) -> list[_Place]:
+        """Return what one optimizer step trains on, wide images before tall ones.
+
+        Only the order within the step depends on `tall`: every image still occurs once an epoch.
+        """
+        places = [self.at(step * batch_size + place) for place in range(batch_size)]
+        if (tall := self._tall) is not None:
+            places.sort(key=lambda place: bool(tall[place[1]]))  # stable
+        return places
 
 
 def train_loader(
@@ -82,13 +104,13 @@ def train_loader(
             f"train.micro_batch: {size} does not divide the {share} images of a worker "
             f"(train.batch_size={batch_size} over {world_size} workers)"
         )
-    stream = TrainStream(len(dataset), seed=seed)
+    stream = TrainStream(len(dataset), seed=seed, tall=dataset.tall())
 
     def places() -> Iterator[list[_Place]]:
         for step in range(start_step, num_steps):
-            first = step * batch_size + rank * share
-            for start in range(first, first + share, size):
-                yield [stream.at(position) for position in range(start, start + size)]
+            mine = stream.step(step, batch_size)[rank * share : (rank + 1) * share]
+            for start in range(0, share, size):
+                yield mine[start : start + size]
 
     return _load(dataset, places(), num_workers)
 

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from knet_core.data.coco_json import (
     Problems,
+    check_files,
     get,
     is_id,
-    list_files,
     parse,
     read_categories,
     read_images,
     repeated,
     report_unknown,
+    short,
 )
 from knet_core.data.paths import SplitFiles
 from knet_core.data.source import Category
@@ -30,6 +31,8 @@ from knet_core.errors import DataError
 
 _MOST_ID = 256**3 - 1
 """The largest id that fits into a PNG: R + 256 G + 65536 B; 0 is void."""
+_MOST_SEGMENTS = 65534
+"""Of one image; positions among them are 16-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,102 +73,90 @@ def read_panoptic_index(files: SplitFiles) -> PanopticIndex:
             f"{files.annotations}: no folder {folder}; expected the segments' PNGs there: unpack "
             f"them beside the JSON file"
         )
-    document = parse(files.annotations, "panoptic", _compact)
     problems = Problems(files.annotations)
-    categories = read_categories(document["categories"], problems, kinds=True)
-    image_ids, file_names, sizes = read_images(document["images"], files, problems)
+    reader = _Annotations(problems)
+    images, classes, _ = parse(files.annotations, "panoptic", reader.add)
+    categories = read_categories(classes, problems, kinds=True)
+    image_ids, file_names, sizes = read_images(images, problems)
+    check_files(image_ids, file_names, files, problems)
+    columns = reader.columns(categories)
     place = {number: position for position, number in enumerate(image_ids)}
-    annotations = _known_images(document["annotations"], place, categories, problems)
-    _check_maps(annotations, folder, problems)
-    columns = _segments(annotations, categories, problems)
+    unknown = Counter(str(number) for number in reader.image_ids if number not in place)
+    report_unknown("image", unknown, categories, problems)
+    for number in repeated(reader.image_ids):
+        problems.add(f"image {number}", "annotated twice; expected one annotation an image")
+    check_files(reader.image_ids, reader.map_names, files, problems, folder=folder)
     problems.raise_all()
-    owners = [place[entry["image_id"]] for entry in annotations]
+    owners = np.array([place[number] for number in reader.image_ids], dtype=np.int64)
     return PanopticIndex(
         categories=categories,
         folder=folder,
         image_ids=np.asarray(image_ids, dtype=np.int64)[owners],
         file_names=tuple(file_names[owner] for owner in owners),
-        map_names=tuple(entry["file_name"] for entry in annotations),
+        map_names=tuple(reader.map_names),
         sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2)[owners],
         **columns,
     )
 
 
-def _compact(entry: dict[str, Any]) -> Any:
-    """Turn a segment into a tuple while the JSON is still being parsed."""
-    if "category_id" in entry and "segmentation" not in entry:
-        return (entry.get("id"), entry["category_id"], bool(entry.get("iscrowd", 0)))
-    return entry
+class _Annotations:
+    """Takes a file's annotations one by one, collecting problems on the way."""
 
+    def __init__(self, problems: Problems) -> None:
+        self.image_ids = array("q")
+        self.map_names: list[str] = []
+        self._problems = problems
+        self._first, self._ids, self._categories = array("q", [0]), array("q"), array("q")
+        self._crowd = array("b")
+        self._unknown: Counter[str] = Counter()
 
-def _known_images(
-    entries: list[Any],
-    place: dict[int, int],
-    categories: tuple[Category, ...],
-    problems: Problems,
-) -> list[dict[str, Any]]:
-    """Return the annotations that are whole and whose image is listed, one an image."""
-    found: list[dict[str, Any]] = []
-    unknown: Counter[str] = Counter()
-    for position, entry in enumerate(entries):
-        image = get(entry, "image_id")
-        if not (
-            isinstance(get(entry, "segments_info"), list)
-            and isinstance(get(entry, "file_name"), str)
-        ):
-            problems.add(
+    def add(self, position: int, entry: Any) -> None:
+        """Take the annotation of one image."""
+        image, name = get(entry, "image_id"), get(entry, "file_name")
+        segments = get(entry, "segments_info")
+        if not (isinstance(segments, list) and isinstance(name, str) and is_id(image)):
+            self._problems.add(
                 f"annotations[{position}]",
-                "expected a file_name and segments_info; check that this is the panoptic file",
+                "expected an image_id, a file_name and segments_info; check that this is the "
+                "panoptic file",
             )
-        elif not is_id(image) or image not in place:
-            unknown[repr(image)] += 1
-        else:
-            found.append(entry)
-    report_unknown("image", unknown, categories, problems)
-    for number in repeated(entry["image_id"] for entry in found):
-        problems.add(f"image {number}", "annotated twice; expected one annotation an image")
-    return found
-
-
-def _check_maps(annotations: list[dict[str, Any]], folder: Path, problems: Problems) -> None:
-    """Look every PNG up, reading the folder once."""
-    there = list_files(folder)
-    for entry in annotations:
-        if entry["file_name"] not in there:
-            problems.add(
-                f"image {entry['image_id']}",
-                f"no segments {folder / entry['file_name']}; add the PNG or remove the annotation",
-            )
-
-
-def _segments(
-    annotations: list[dict[str, Any]], categories: tuple[Category, ...], problems: Problems
-) -> dict[str, Any]:
-    """Return the columns of the index that hold one row per segment, and `first`."""
-    label = {category.id: position for position, category in enumerate(categories)}
-    first, ids, labels, crowd = array("q", [0]), array("q"), array("q"), array("b")
-    unknown: Counter[str] = Counter()
-    for entry in annotations:
-        where = f"image {entry['image_id']}"
+            return
+        self.image_ids.append(image)
+        self.map_names.append(name)
+        where = f"image {image}"
         numbers = []
-        for segment in entry["segments_info"]:
-            number, category, iscrowd = segment if isinstance(segment, tuple) else (None,) * 3
+        for segment in segments:
+            number, category = get(segment, "id"), get(segment, "category_id")
             if not (is_id(number) and 0 < number <= _MOST_ID):
-                problems.add(where, f"segment id {number!r}; expected 1 to {_MOST_ID} (0 is void)")
-            elif not is_id(category) or category not in label:
-                unknown[repr(category)] += 1
+                self._problems.add(
+                    where, f"segment id {short(number)}; expected 1 to {_MOST_ID} (0 is void)"
+                )
+            elif not is_id(category):
+                self._unknown[short(category)] += 1
             else:
                 numbers.append(number)
-                labels.append(label[category])
-                crowd.append(iscrowd)
+                self._categories.append(category)
+                self._crowd.append(bool(segment.get("iscrowd", 0)))
         for number in repeated(numbers):
-            problems.add(where, f"segment id {number} listed twice; give every segment its own")
-        ids.extend(numbers)
-        first.append(len(ids))
-    report_unknown("category", unknown, categories, problems)
-    return {
-        "first": np.array(first, dtype=np.int64),
-        "ids": np.array(ids, dtype=np.int32),
-        "labels": np.array(labels, dtype=np.int64),
-        "crowd": np.array(crowd, dtype=np.bool_),
-    }
+            self._problems.add(
+                where, f"segment id {number} listed twice; give every segment its own"
+            )
+        if len(numbers) > _MOST_SEGMENTS:
+            self._problems.add(
+                where, f"{len(numbers)} segments; expected at most {_MOST_SEGMENTS}"
+            )
+        self._ids.extend(array("q", numbers))
+        self._first.append(len(self._ids))
+
+    def columns(self, categories: tuple[Category, ...]) -> dict[str, Any]:
+        """Return the columns of the index that hold one row per segment, and `first`."""
+        label = {category.id: position for position, category in enumerate(categories)}
+        self._unknown.update(str(number) for number in self._categories if number not in label)
+        report_unknown("category", self._unknown, categories, self._problems)
+        labels = [label.get(number, 0) for number in self._categories]
+        return {
+            "first": np.array(self._first, dtype=np.int64),
+            "ids": np.array(self._ids, dtype=np.int32),
+            "labels": np.array(labels, dtype=np.int64),
+            "crowd": np.array(self._crowd, dtype=np.bool_),
+        }

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 from knet_core.config import DataConfig
+from knet_core.data.storage import refuse_remote
 from knet_core.errors import DataError
 
 Split = Literal["train", "val"]
 
 CLASSES_FILE = "classes.txt"
 """In the root of an ADE20K-like set: line n names category id n."""
+_MAPS = {"ade20k": "*.png", "cityscapes": "*/*_gtFine_*Ids.png"}
+"""Formats whose annotations are a folder, and the files in it that identify them."""
+_HOMES = ("KNET_DATA", "DETECTRON2_DATASETS")
 _PNG_TAIL = 20
 """Adler-32 of all pixels, CRC-32 of the last data chunk, and the closing chunk of a PNG."""
 
@@ -28,19 +32,27 @@ class SplitFiles:
     annotations: Path
 
 
+def data_home() -> Path:
+    """Return the folder that relative roots lie below.
+
+    `KNET_DATA`, else `DETECTRON2_DATASETS`, whose layout is the same, else the working folder.
+    """
+    return Path(next((os.environ[name] for name in _HOMES if os.environ.get(name)), "."))
+
+
 def resolve_root(config: DataConfig) -> Path:
-    """Return the absolute folder that `data.root` names; a relative one lies below `KNET_DATA`.
+    """Return the absolute folder that `data.root` names; a relative one lies below `data_home()`.
 
     Raises:
         DataError: The folder does not exist.
     """
-    base = Path(os.environ.get("KNET_DATA", "."))
-    root = (base / Path(config.root).expanduser()).resolve()
+    refuse_remote(config.root)
+    root = (data_home() / Path(config.root).expanduser()).resolve()
     if not root.is_dir():
+        homes = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in _HOMES)
         raise DataError(
-            f"data.root: no folder at {root} (data.root={config.root}, "
-            f"KNET_DATA={os.environ.get('KNET_DATA', 'not set')}); expected the data set's "
-            f"folder: set data.root to it, or KNET_DATA to the folder above"
+            f"data.root: no folder at {root} (data.root={config.root}, {homes}); expected the "
+            f"data set's folder: set data.root to it, or KNET_DATA to the folder above"
         )
     return root
 
@@ -48,7 +60,7 @@ def resolve_root(config: DataConfig) -> Path:
 def find_split(config: DataConfig, split: Split) -> SplitFiles:
     """Return the first existing candidates of one split's images and annotations.
 
-    Annotations are a folder in ADE20K's layout and a file in the others.
+    Annotations are a folder in the layouts of ADE20K and Cityscapes and a file in the others.
 
     Raises:
         DataError: The root, every image folder or all annotations are missing.
@@ -56,7 +68,7 @@ def find_split(config: DataConfig, split: Split) -> SplitFiles:
     root = resolve_root(config)
     candidates = config.train if split == "train" else config.val
     images = next((root / name for name in candidates.images if (root / name).is_dir()), None)
-    kind = "folder" if config.format == "ade20k" else "file"
+    kind = "folder" if config.format in _MAPS else "file"
     exists = Path.is_dir if kind == "folder" else Path.is_file
     annotations = next(
         (root / name for name in candidates.annotations if exists(root / name)), None
@@ -90,22 +102,22 @@ def data_fingerprint(config: DataConfig) -> str:
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
         annotations = find_split(config, split).annotations
-        if config.format == "ade20k":
-            _add_folder(digest, annotations, tail=_PNG_TAIL)
+        if config.format in _MAPS:
+            _add_folder(digest, annotations, _MAPS[config.format], tail=_PNG_TAIL)
             continue
         stat = annotations.stat()
         digest.update(_file_digest(annotations, stat.st_size, stat.st_mtime_ns))
         if config.format == "coco_panoptic":
-            _add_folder(digest, annotations.with_suffix(""), tail=0)
+            _add_folder(digest, annotations.with_suffix(""), "*.png", tail=0)
     names = resolve_root(config) / CLASSES_FILE
     if config.format == "ade20k" and not config.classes and names.is_file():
         digest.update(names.read_bytes())
     return digest.hexdigest()
 
 
-def _add_folder(digest: "hashlib._Hash", folder: Path, *, tail: int) -> None:
-    """Add name, size and the last `tail` bytes of every PNG in a folder."""
-    for path in sorted(folder.glob("*.png")):
+def _add_folder(digest: "hashlib._Hash", folder: Path, pattern: str, *, tail: int) -> None:
+    """Add name, size and the last `tail` bytes of every matching file in a folder."""
+    for path in sorted(folder.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         if tail:
             with path.open("rb") as file:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from knet_core.config import DataConfig
-from knet_core.data.coco_json import Problems, list_files
-from knet_core.data.images import check_size, decoding, read_image
+from knet_core.data.coco_json import Problems
+from knet_core.data.images import check_size, open_image, read_image
 from knet_core.data.paths import CLASSES_FILE, SplitFiles
 from knet_core.data.source import IGNORED, MOST_LABELS, Category, ImageRecord, PanopticTruth
+from knet_core.data.storage import Folders
 from knet_core.errors import DataError
 
 _IMAGE_ENDINGS = {".jpg", ".jpeg", ".png"}
@@ -51,9 +51,18 @@ class SemanticFolderSource:
             DataError: The file is not an image.
         """
         path = self._files.images / self._names[index]
-        with decoding(path), Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
         return ImageRecord(id=index + 1, file_name=self._names[index], height=height, width=width)
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Return the height and width of all images (N, 2); reads every file's header.
+
+        Raises:
+            DataError: A file is not an image.
+        """
+        records = map(self.record, range(len(self)))
+        return np.array([(r.height, r.width) for r in records], dtype=np.int32)
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Decode one image, (H0, W0, 3) RGB.
@@ -76,7 +85,7 @@ class SemanticFolderSource:
             DataError: The map is damaged, of another size, or holds an id without a category.
         """
         path = (self._files.annotations / self._names[index]).with_suffix(".png")
-        with decoding(path), Image.open(path) as picture:
+        with open_image(path) as picture:
             if picture.mode not in ("L", "P"):
                 raise DataError(
                     f"{path}: pixels of mode {picture.mode}; expected one byte a pixel, the "
@@ -135,17 +144,28 @@ def _read_names(path: Path) -> tuple[str, ...]:
 def _pairs(files: SplitFiles) -> tuple[str, ...]:
     """Return the images' names, sorted; every one has a map."""
     problems = Problems(files.images)
+    folders = Folders([files.root, files.images, files.annotations])
+    images, maps = folders.list(files.images), folders.list(files.annotations)
+    for folder, listing in ((files.images, images), (files.annotations, maps)):
+        for name in sorted(listing.outside):
+            problems.add(
+                f"image {Path(name).stem}",
+                f"{folder / name} is a link that points outside the data set {files.root}; copy "
+                f"the file",
+            )
     found = sorted(
-        name for name in list_files(files.images) if Path(name).suffix.lower() in _IMAGE_ENDINGS
+        name
+        for name in images.names | images.outside
+        if Path(name).suffix.lower() in _IMAGE_ENDINGS
     )
-    maps = {name for name in list_files(files.annotations) if name.endswith(".png")}
+    there = {name for name in maps.names | maps.outside if name.endswith(".png")}
     expected = {str(Path(name).with_suffix(".png")) for name in found}
-    for name in sorted(expected - maps):
+    for name in sorted(expected - there):
         problems.add(
             f"image {Path(name).stem}",
             f"no label map {files.annotations / name}; add it or remove the image",
         )
-    for name in sorted(maps - expected):
+    for name in sorted(there - expected):
         problems.add(
             f"label map {files.annotations / name}", "no image of that name; add or remove one"
         )

@@ -43,6 +43,10 @@ class ShapesSource:
         size = self._config.size
         return ImageRecord(id=index + 1, file_name=f"{index:06d}.png", height=size, width=size)
 
+    def sizes(self) -> NDArray[np.int32]:
+        """Return the height and width of all images (N, 2)."""
+        return np.full((len(self), 2), self._config.size, dtype=np.int32)
+
     def scene(self, index: int) -> Scene:
         """Render one image; the same for the same seed, split and index."""
         if self._last is None or self._last[0] != index:

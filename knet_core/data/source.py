@@ -10,6 +10,8 @@ IGNORED = 255
 """Label of a pixel that no annotation decides; `structures.IGNORE` without torch."""
 MOST_LABELS = 254
 """Labels are bytes: so many classes, one value for none of them, and `IGNORED`."""
+MOST_PIXELS = 2**27
+"""Of one image; a larger one would need gigabytes, and a few bytes of PNG can claim it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ class Source(Protocol):
 
     def record(self, index: int) -> ImageRecord:
         """Return what is known of one image without decoding it."""
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Return the height and width of all images (N, 2)."""
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """Return the pixels, (H0, W0, 3) RGB.

@@ -1,15 +1,22 @@
 """Panoptic quality by panopticapi's rules (Kirillov et al., "Panoptic Segmentation")."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knet_core.data.source import PanopticTruth, places
-from knet_core.structures import ImageInfo, PanopticMap
 
-_IOU, _FOUND, _SPURIOUS, _MISSED = range(4)
+if TYPE_CHECKING:  # files are scored without torch
+    from knet_core.structures import ImageInfo, PanopticMap
+
+_HIGH, _LOW, _FOUND, _SPURIOUS, _MISSED = range(5)
+_FRACTION = 53
+"""An IoU above one half is a whole number of 2^-53: a float64 of that size has no smaller bit."""
+_HALF = 27
+"""Bits of it in the lower of two words, so that 2^36 of them add up without overflow."""
 
 
 class _HasKind(Protocol):
@@ -17,45 +24,77 @@ class _HasKind(Protocol):
     def isthing(self) -> bool: ...
 
 
-class PanopticQuality:
-    """Sums matches and misses of every class.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """Panoptic quality, a mean over classes, from 0 to 1."""
+
+    pq: float
+    sq: float
+    rq: float
+    num_classes: int
+    """Classes that occur; others do not count."""
+
+
+def overlaps(
+    true_ids: NDArray[np.integer[Any]],
+    true_numbers: NDArray[np.integer[Any]],
+    ids: NDArray[np.integer[Any]],
+    numbers: NDArray[np.integer[Any]],
+) -> NDArray[np.int64]:
+    """Return how many pixels every pair of segments shares (S + 1, K + 1).
+
+    Row and column 0 stand for void: pixels whose id no segment has.
 
     Args:
-        truth: Ground truth by image id.
-        categories: Classes in the order of labels.
+        true_ids: Ground truth (H0, W0), at least one pixel, ids below 2^24.
+        true_numbers: (S,) different ids of its segments.
+        ids: Prediction (H0, W0), ids below 2^24.
+        numbers: (K,) different ids of its segments.
+    """
+    shape = (len(true_numbers) + 1, len(numbers) + 1)
+    # Neighbours mostly belong to the same two segments: count runs of pixels, not pixels.
+    one, other = true_ids.ravel(), ids.ravel()
+    changes = np.flatnonzero((one[1:] != one[:-1]) | (other[1:] != other[:-1])) + 1
+    starts = np.concatenate(([0], changes))
+    lengths = np.diff(starts, append=one.size)
+    pairs = places(one[starts], true_numbers).astype(np.int64) * shape[1]
+    pairs += places(other[starts], numbers)
+    table = np.bincount(pairs, weights=lengths, minlength=shape[0] * shape[1])
+    return table.astype(np.int64).reshape(shape)  # exact: far below 2^53
+
+
+class PanopticSums:
+    """What images add up to, class by class (C). Whole numbers only: no order changes a bit.
+
+    Args:
+        num_classes: C.
     """
 
-    def __init__(
-        self, truth: Callable[[int], PanopticTruth], categories: Sequence[_HasKind]
-    ) -> None:
-        self._truth = truth
-        self._isthing = np.array([category.isthing for category in categories], dtype=np.bool_)
-        self._sums = np.zeros((4, len(categories)))
-        """Rows: IoU of matches, matches, spurious predictions, missed segments."""
+    def __init__(self, num_classes: int) -> None:
+        self.counts = np.zeros((5, num_classes), dtype=np.int64)
+        """Rows: IoU of matches in two words, matches, spurious predictions, missed segments."""
 
-    def add(self, info: ImageInfo, prediction: PanopticMap) -> None:
+    def add(
+        self,
+        table: NDArray[np.int64],
+        true_labels: NDArray[np.int64],
+        crowd: NDArray[np.bool_],
+        labels: NDArray[np.int64],
+    ) -> None:
         """Compare the segments of one image.
 
-        A segment of id 0 owns all pixels of value 0, void ones as well (`compat: published`).
+        A predicted segment of id 0 owns all pixels of value 0, void ones as well
+        (`compat: published`).
 
-        Raises:
-            DataError: The ground truth cannot be decoded.
+        Args:
+            table: (S + 1, K + 1) from `overlaps`.
+            true_labels: (S,).
+            crowd: (S,) which true segments are crowds.
+            labels: (K,) of the prediction.
         """
-        truth = self._truth(info.image_id)
-        true_ids = np.array([segment.id for segment in truth.segments], dtype=np.int64)
-        true_labels = np.array([segment.label for segment in truth.segments], dtype=np.int64)
-        crowd = np.array([segment.iscrowd for segment in truth.segments], dtype=np.bool_)
-        ids = np.array([segment.id for segment in prediction.segments], dtype=np.int64)
-        labels = np.array([segment.label for segment in prediction.segments], dtype=np.int64)
-        # One count of all pairs; row and column 0 stand for void.
-        rows = places(truth.ids, true_ids).astype(np.int64)
-        columns = places(prediction.ids.cpu().numpy(), ids)
-        shape = (len(true_ids) + 1, len(ids) + 1)
-        pairs = np.bincount((rows * shape[1] + columns).ravel(), minlength=shape[0] * shape[1])
-        pairs = pairs.reshape(shape)
-        shared, void = pairs[1:, 1:], pairs[0, 1:]
-        areas = pairs[:, 1:].sum(axis=0)
-        union = pairs[1:].sum(axis=1)[:, None] + areas - shared - void
+        shared, void = table[1:, 1:], table[0, 1:]
+        areas = table[:, 1:].sum(axis=0)
+        union = table[1:].sum(axis=1)[:, None] + areas - shared - void
         same = (true_labels[:, None] == labels) & ~crowd[:, None]
         iou = np.where(same, shared / np.maximum(union, 1), 0.0)
         matched = iou > 0.5  # at most one in every row and column
@@ -67,18 +106,82 @@ class PanopticQuality:
             last = np.flatnonzero(crowd & (true_labels == label))[-1]  # as panopticapi
             ignored += np.where(labels == label, shared[last], 0)
         spurious = ~matched.any(axis=0) & (ignored <= 0.5 * areas)
-        np.add.at(self._sums[_IOU], true_labels[found], iou[found, by])
-        np.add.at(self._sums[_FOUND], true_labels[found], 1)
-        np.add.at(self._sums[_SPURIOUS], labels[spurious], 1)
-        np.add.at(self._sums[_MISSED], true_labels[missed], 1)
+        bits = (iou[found, by] * 2.0**_FRACTION).astype(np.int64)
+        np.add.at(self.counts[_HIGH], true_labels[found], bits >> _HALF)
+        np.add.at(self.counts[_LOW], true_labels[found], bits & (2**_HALF - 1))
+        np.add.at(self.counts[_FOUND], true_labels[found], 1)
+        np.add.at(self.counts[_SPURIOUS], labels[spurious], 1)
+        np.add.at(self.counts[_MISSED], true_labels[missed], 1)
 
-    def state(self) -> NDArray[np.float64]:
-        """Return the sums (4, C), to send to another worker."""
-        return self._sums
+    def matches(self) -> NDArray[np.int64]:
+        """Return matches, spurious predictions and missed segments of every class (3, C)."""
+        return self.counts[_FOUND:]
 
-    def merge(self, states: Iterable[NDArray[np.float64]]) -> None:
+    def per_class(self) -> NDArray[np.float64]:
+        """Return PQ, SQ and RQ of every class (3, C), 0 where it does not occur."""
+        high, low, found, spurious, missed = self.counts
+        iou = np.array(
+            [
+                ((a << _HALF) + b) / 2**_FRACTION  # Python's integers: rounded once
+                for a, b in zip(high.tolist(), low.tolist(), strict=True)
+            ],
+            dtype=np.float64,
+        )
+        segments = found + 0.5 * spurious + 0.5 * missed
+        each = np.where(segments > 0, segments, 1)
+        return np.stack([iou / each, iou / np.where(found > 0, found, 1), found / each])
+
+    def mean(self, chosen: NDArray[np.bool_]) -> Quality:
+        """Return the means over the chosen classes (C) that occur; 0 where none does."""
+        occurs = self.matches().any(axis=0) & chosen
+        if not occurs.any():
+            return Quality(pq=0.0, sq=0.0, rq=0.0, num_classes=0)
+        pq, sq, rq = self.per_class()[:, occurs].mean(axis=1).tolist()
+        return Quality(pq=pq, sq=sq, rq=rq, num_classes=int(occurs.sum()))
+
+
+class PanopticQuality:
+    """Compares panoptic maps in memory with the ground truth.
+
+    Args:
+        truth: Ground truth by image id.
+        categories: Classes in the order of labels.
+    """
+
+    def __init__(
+        self, truth: Callable[[int], PanopticTruth], categories: Sequence[_HasKind]
+    ) -> None:
+        self._truth = truth
+        self._isthing = np.array([category.isthing for category in categories], dtype=np.bool_)
+        self._sums = PanopticSums(len(categories))
+
+    def add(self, info: "ImageInfo", prediction: "PanopticMap") -> None:
+        """Compare the segments of one image.
+
+        Raises:
+            DataError: The ground truth cannot be decoded.
+        """
+        truth = self._truth(info.image_id)
+        table = overlaps(
+            truth.ids,
+            np.array([segment.id for segment in truth.segments], dtype=np.int64),
+            prediction.ids.cpu().numpy(),
+            np.array([segment.id for segment in prediction.segments], dtype=np.int64),
+        )
+        self._sums.add(
+            table,
+            np.array([segment.label for segment in truth.segments], dtype=np.int64),
+            np.array([segment.iscrowd for segment in truth.segments], dtype=np.bool_),
+            np.array([segment.label for segment in prediction.segments], dtype=np.int64),
+        )
+
+    def state(self) -> NDArray[np.int64]:
+        """Return the counts (5, C), to send to another worker."""
+        return self._sums.counts
+
+    def merge(self, states: Iterable[NDArray[np.int64]]) -> None:
         """Replace what was collected by the states of all workers, this one's among them."""
-        self._sums = np.sum(list(states), axis=0)
+        self._sums.counts = np.sum(list(states), axis=0, dtype=np.int64)
 
     def compute(self) -> dict[str, float]:
         """Return PQ, SQ and RQ, means over classes, of all and of things and stuff alone.
@@ -86,17 +189,12 @@ class PanopticQuality:
         Classes that occur neither in the ground truth nor in a prediction do not count; a key is
         left out where none is left.
         """
-        iou, found, spurious, missed = self._sums
-        segments = found + 0.5 * spurious + 0.5 * missed
-        occurs = segments > 0
-        recognition = found / np.where(occurs, segments, 1)
-        segmentation = iou / np.where(found > 0, found, 1)
-        quality = iou / np.where(occurs, segments, 1)
         scores: dict[str, float] = {}
-        for suffix, kind in (("", occurs), ("_th", self._isthing), ("_st", ~self._isthing)):
-            chosen = occurs & kind
-            if chosen.any():
-                scores[f"val/PQ{suffix}"] = float(quality[chosen].mean())
-                scores[f"val/SQ{suffix}"] = float(segmentation[chosen].mean())
-                scores[f"val/RQ{suffix}"] = float(recognition[chosen].mean())
+        everything = np.ones_like(self._isthing)
+        for suffix, kind in (("", everything), ("_th", self._isthing), ("_st", ~self._isthing)):
+            mean = self._sums.mean(kind)
+            if mean.num_classes:
+                scores[f"val/PQ{suffix}"] = mean.pq
+                scores[f"val/SQ{suffix}"] = mean.sq
+                scores[f"val/RQ{suffix}"] = mean.rq
         return scores

@@ -3,10 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from knet_core import ModelConfig, Recipe
+from knet_core import ModelConfig, Recipe, data_home
 from knet_platform.planning import Resources, Trial
 
 # Forward pass of K-Net R50 at 800 x 1216, in GFLOP, counted part by part (docs of the paper's
@@ -142,7 +141,7 @@ def _num_train_images(recipe: Recipe) -> int | None:
     data = recipe.data
     if data.format == "shapes":
         return data.shapes.num_train
-    root = Path(os.environ.get("KNET_DATA", "."), data.root)
+    root = data_home() / data.root
     folder = next((root / name for name in data.train.images if (root / name).is_dir()), None)
     # Every file counts as an image: reading COCO's annotations would take longer than a plan may.
     return None if folder is None else sum(1 for _ in os.scandir(folder))

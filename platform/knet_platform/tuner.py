@@ -23,6 +23,7 @@ from typing import Any
 import ray.tune
 from ray.tune.experiment import Trial as TuneTrial
 
+from knet_core import data_home
 from knet_platform import attempts
 from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
@@ -165,7 +166,7 @@ def _name(trial: TuneTrial) -> str:
 def _with_absolute_root(trial: Trial) -> dict[str, Any]:
     """Return the recipe as workers need it, who run in other folders than this process."""
     recipe = trial.recipe
-    root = Path(os.environ.get("KNET_DATA", "."), Path(recipe.data.root).expanduser()).absolute()
+    root = (data_home() / Path(recipe.data.root).expanduser()).absolute()
     return replace(recipe, data=replace(recipe.data, root=str(root))).to_dict()
 
 

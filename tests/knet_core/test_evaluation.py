@@ -1,4 +1,10 @@
+import contextlib
 import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,3 +153,56 @@ def test_speed_is_measured_in_evaluation_mode_without_random_numbers(dataset, ti
     assert measure_fps(model, dataset, 2, device=CPU) > 0
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+WORKER = Path(__file__).with_name("score_worker.py")
+
+
+def start(stack, world_size, num_images, folder):
+    """Start so many workers over gloo; return what waits for them and reads what they wrote."""
+    folder.mkdir()
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(world_size):
+        numbers = [str(rank), str(world_size), str(folder), str(num_images)]
+        process = subprocess.Popen([sys.executable, str(WORKER), *numbers], env=environment)
+        processes.append(stack.enter_context(process))
+        stack.callback(process.kill)  # before it is waited for; a worker may wait for ever
+
+    def results():
+        assert [process.wait(timeout=200) for process in processes] == [0] * world_size
+        files = [folder / f"result{rank}.json" for rank in range(world_size)]
+        return [json.loads(file.read_text()) for file in files]
+
+    return results
+
+
+def test_two_workers_score_every_image_once_and_the_same_to_the_bit(tmp_path):
+    with contextlib.ExitStack() as stack:
+        one = start(stack, 1, 5, tmp_path / "one")
+        two = start(stack, 2, 5, tmp_path / "two")  # three images and two
+        (alone,), workers = one(), two()
+    for task, (name, _) in TASKS.items():
+        assert 0.05 < alone[task]["metrics"][name] < 0.95
+        for worker in workers:
+            assert worker[task]["metrics"] == alone[task]["metrics"]
+        seen = [worker[task]["seen"] for worker in workers]
+        assert [len(images) for images in seen] == [3, 2]
+        assert sorted(seen[0] + seen[1]) == sorted(alone[task]["seen"])
+        assert len({*seen[0], *seen[1]}) == 5
+
+
+def test_predictions_are_handed_over_and_scores_may_be_left_out(dataset):
+    seen = {}
+    oracle = Oracle(dataset)
+    metrics, _ = evaluate(
+        oracle,
+        dataset,
+        EvalConfig(probe_images=0),
+        device=CPU,
+        scored=False,
+        on_prediction=lambda info, found: seen.update({info.image_id: found}),
+    )
+    assert metrics == {}
+    assert seen == oracle.truth

@@ -1,6 +1,7 @@
 """`knet eval`: a checkpoint measured on the val split of any data set with its categories."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ examples:
   knet eval checkpoint_300 sweeps/data/shapes.yaml --json
   knet eval checkpoint_300 sweeps/data/shapes.yaml --per-stage
   knet eval checkpoint_300 sweeps/data/shapes.yaml --kernel-maps kernels.png
+  knet eval checkpoint_300 sweeps/data/shapes.yaml --save-predictions predictions
   knet eval checkpoint_80000 sweeps/data/ade20k.yaml eval.scales=[0.5,1,1.5] eval.flip=true"""
 
 
@@ -36,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PNG",
         help="draw where each instance kernel looks on average (paper, Fig. 4a)",
     )
+    parser.add_argument(
+        "--save-predictions",
+        type=Path,
+        metavar="DIR",
+        help="write COCO results, COCO panoptic files or label PNGs into a new folder",
+    )
+    parser.add_argument(
+        "--no-scores",
+        action="store_true",
+        help="only save predictions, of data without annotations (test-dev)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
@@ -46,17 +59,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError: The checkpoint was trained on other categories than the data has.
         UsageError: An override would change the model that the checkpoint holds, or there is no
-            folder for the picture.
+            folder for the picture, or the folder for predictions exists.
     """
     import torch
 
     from knet_core import (
+        ResultWriter,
         build_dataset,
         draw_kernel_maps,
         evaluate,
         keep_freed_memory,
         load_model,
         mean_activations,
+        new_folder,
         prepare_for_inference,
         read_state,
     )
@@ -73,6 +88,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--kernel-maps: no folder {args.kernel_maps.parent}; make it, or name another file"
         )
+    if args.save_predictions is not None and args.save_predictions.exists():
+        raise UsageError(
+            f"--save-predictions: {args.save_predictions} exists; remove it or choose another"
+        )
+    if args.no_scores and (args.save_predictions is None or args.per_stage):
+        raise UsageError(
+            "--no-scores: leaves nothing to do; expected --save-predictions, without --per-stage"
+        )
     state = read_state(args.checkpoint)
     recipe = load_recipe(
         args.checkpoint / "recipe.yaml", overrides=[f"data={args.data}", *args.overrides]
@@ -88,7 +111,13 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_workers = recipe.data.num_workers
     keep_freed_memory()
-    with status(f"evaluating {len(dataset)} images on {device}"):
+    with contextlib.ExitStack() as stack:
+        save = None
+        if args.save_predictions is not None:
+            folder = stack.enter_context(new_folder(args.save_predictions))
+            save = stack.enter_context(ResultWriter(folder, dataset.categories)).add
+
+        stack.enter_context(status(f"evaluating {len(dataset)} images on {device}"))
         loaded = load_model(args.checkpoint, device=device, evaluation=recipe.eval)
         model = prepare_for_inference(loaded)
         metrics, _ = evaluate(
@@ -98,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             num_workers=num_workers,
             per_stage=args.per_stage,
+            scored=not args.no_scores,
+            on_prediction=save,
         )
     if args.kernel_maps is not None:
         with progress_bar("kernel maps") as advance:
@@ -105,7 +136,11 @@ def run(args: argparse.Namespace) -> int:
                 model, dataset, device=device, num_workers=num_workers, progress=advance
             )
         args.kernel_maps.write_bytes(draw_kernel_maps(maps))
-    if args.json:
+    if args.no_scores:
+        saved = {"folder": str(args.save_predictions), "images": len(dataset)}
+        text = f"{args.save_predictions}: predictions of {len(dataset)} images"
+        print(json.dumps(saved) if args.json else text)
+    elif args.json:
         print(json.dumps(metrics, indent=2))
     else:
         show_metrics(f"{args.checkpoint} on {args.data}, {len(dataset)} images", metrics)

@@ -10,13 +10,14 @@ from importlib import import_module
 from knet_core import KNetError
 
 VERBS = {
-    "data": "make the synthetic data set",
+    "data": "make, convert and check data sets",
     "train": "train one recipe on this machine",
     "plan": "show what a sweep would run, what is done, and how long the rest takes",
     "run": "start or continue a sweep",
     "submit": "send a sweep to a Ray cluster as a job",
     "report": "write a sweep's table beside the paper's numbers, and its page",
     "eval": "evaluate a checkpoint on a data set",
+    "score": "score result files of any origin against ground truth",
     "predict": "draw a checkpoint's masks over images and write them as files",
     "import-official": "turn a published K-Net checkpoint into one of this project",
     "bench": "time a network as papers do",

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from knet_platform.errors import UsageError
@@ -47,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from knet_core import (
-        ResultFiles,
+        ResultWriter,
         contact_sheet,
         draw,
         keep_freed_memory,
         load_image,
         load_model,
+        new_folder,
         predict,
         predict_stages,
         prepare_for_inference,
@@ -68,31 +69,24 @@ def run(args: argparse.Namespace) -> int:
     model = prepare_for_inference(
         load_model(args.checkpoint, device=device, evaluation=recipe.eval)
     )
-    results = ResultFiles(categories)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch,
-        progress_bar("predicting") as advance,
-    ):
-        folder = Path(scratch, args.out.name)
-        folder.mkdir()
-        for done, path in enumerate(images, start=1):
-            pixels, batch = load_image(path, recipe.data)
-            image = batch.images.to(device)
-            if args.stages:
-                found = [stage[0] for stage in predict_stages(model, image, batch.infos)]
-            else:
-                found = [predict(model, image, batch.infos, recipe.eval)[0]]
-            results.add(path.name, found[-1])
-            cells = [draw(pixels, prediction, categories) for prediction in found]
-            picture = contact_sheet(cells, columns=len(cells))
-            (folder / f"{path.stem}.png").write_bytes(picture)
-            advance(done, len(images))
-        for name, content in results.files().items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
+    with new_folder(args.out) as folder:
+        with (
+            ResultWriter(folder, categories) as results,
+            progress_bar("predicting") as advance,
+        ):
+            for done, path in enumerate(images, start=1):
+                pixels, batch = load_image(path, recipe.data)
+                image = batch.images.to(device)
+                if args.stages:
+                    found = [stage[0] for stage in predict_stages(model, image, batch.infos)]
+                else:
+                    found = [predict(model, image, batch.infos, recipe.eval)[0]]
+                results.add(replace(batch.infos[0], image_id=done), found[-1])
+                cells = [draw(pixels, prediction, categories) for prediction in found]
+                picture = contact_sheet(cells, columns=len(cells))
+                (folder / f"{path.stem}.png").write_bytes(picture)
+                advance(done, len(images))
         written = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-        folder.replace(args.out)
     if args.json:
         print(json.dumps({"folder": str(args.out), "files": written}, indent=2))
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import knet_core
 import knet_platform
-from knet_core import DataError
+from knet_core import DataError, data_home
 from knet_platform.cli import run as run_verb
 from knet_platform.cluster import prepare_environment
 from knet_platform.errors import InterruptedSweepError, UsageError
@@ -72,7 +72,7 @@ def runtime_env() -> dict[str, Any]:
     here = Path.cwd()
     settings = {
         "KNET_HOME": str(knet_home()),
-        "KNET_DATA": str(Path(os.environ.get("KNET_DATA", here)).absolute()),
+        "KNET_DATA": str(data_home().absolute()),
         "KNET_GIT_SHA": git_sha(),
     }
     for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI"):
@@ -93,7 +93,7 @@ def runtime_env() -> dict[str, Any]:
 
 def _state_folders(here: Path) -> list[str]:
     """Return the folders of state and data below `here`; the job uses them where they are."""
-    folders = [knet_home(), Path(storage_uri()), Path(os.environ.get("KNET_DATA", here))]
+    folders = [knet_home(), Path(storage_uri()), data_home()]
     below = [folder.absolute() for folder in folders if folder.absolute().is_relative_to(here)]
     return [f"/{folder.relative_to(here)}" for folder in below if folder != here]
 

@@ -1,5 +1,6 @@
 import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pycocotools.coco import COCO
 
 from knet_core.config import DataConfig, SplitConfig
 from knet_core.data.coco import CocoSource
-from knet_core.data.coco_index import run_lengths
+from knet_core.data.coco_annotations import run_lengths
 from knet_core.data.paths import Split, SplitFiles, find_split
 from knet_core.errors import DataError
 
@@ -378,3 +379,101 @@ def test_nothing_is_decoded_before_it_is_asked_for(
     monkeypatch.setattr(Image, "open", refuse)
     monkeypatch.setattr("knet_core.data.coco.run_lengths", refuse)
     assert len(source_of(config, training=True)) == 3
+
+
+# Files of images only, and what must not be read.
+
+
+def test_images_without_annotations_can_be_predicted_but_not_scored(coco_folder: Folder) -> None:
+    def edit(document: Document, root: Path) -> None:
+        del document["annotations"]
+
+    config = coco_folder(edit)
+    source = source_of(config)
+    assert len(source) == 3
+    assert len(source.categories) == 2
+    assert source.image(1).shape == (48, 64, 3)
+    assert source.objects(1)[1].shape == (0, 48, 64)
+    with pytest.raises(DataError, match=r"instances_val\.json: lists images without") as caught:
+        source.ground_truth()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"no list named 'annotations'"):
+        source_of(config, training=True)
+
+
+def test_the_published_layout_of_coco_is_found(tmp_path: Path, coco_folder: Folder) -> None:
+    root = Path(coco_folder().root)
+    for split in ("train", "val"):
+        (root / split).rename(root / f"{split}2017")
+        path = root / "annotations" / f"instances_{split}.json"
+        path.rename(path.with_stem(f"instances_{split}2017"))
+    config = DataConfig(root=str(root))
+    assert len(source_of(config)) == len(source_of(config, training=True)) == 3
+
+
+def led_outside(document: Document, root: Path) -> None:
+    path = root / "val" / "1.jpg"
+    path.rename(root.parent / "secret.jpg")
+    path.symlink_to(root.parent / "secret.jpg")
+
+
+def led_outside_by_a_folder(document: Document, root: Path) -> None:
+    (root.parent / "secrets").mkdir()
+    (root / "val" / "1.jpg").rename(root.parent / "secrets" / "1.jpg")
+    (root / "val" / "more").symlink_to(root.parent / "secrets")
+    document["images"][1]["file_name"] = "more/1.jpg"
+
+
+@pytest.mark.parametrize("spoil", [led_outside, led_outside_by_a_folder])
+def test_links_out_of_the_set_are_refused(
+    coco_folder: Folder, spoil: Callable[[Document, Path], None]
+) -> None:
+    with pytest.raises(
+        DataError, match=r"instances_val\.json: image 11: file_name '.*1\.jpg' points outside"
+    ) as caught:
+        source_of(coco_folder(spoil))
+    assert "\n" not in str(caught.value)
+
+
+def test_links_within_the_set_and_of_the_recipes_folders_are_followed(
+    coco_folder: Folder,
+) -> None:
+    root = Path(coco_folder().root)
+    (root / "val" / "1.jpg").rename(root / "one.jpg")
+    (root / "val" / "1.jpg").symlink_to(root / "one.jpg")
+    (root / "val").rename(root.parent / "disk")
+    (root / "val").symlink_to(root.parent / "disk")
+    assert source_of(DataConfig(root=str(root))).image(1).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(50_000, 50_000), (2**70, 64), (70_000, 1)])
+def test_images_said_to_be_huge_are_refused_before_anything_is_decoded(
+    coco_folder: Folder, height: int, width: int
+) -> None:
+    def edit(document: Document, root: Path) -> None:
+        document["images"][1].update(height=height, width=width)
+
+    with pytest.raises(DataError, match=r"image 11: .* expected"):
+        source_of(coco_folder(edit))
+
+
+@pytest.mark.parametrize("side", [12_000, 50_000])
+def test_an_image_that_unpacks_to_gigabytes_is_one_line(coco_folder: Folder, side: int) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + check
+
+    sides = side.to_bytes(4, "big") * 2
+    header = chunk(b"IHDR", sides + bytes([8, 2, 0, 0, 0]))
+    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    config = coco_folder()
+    bomb = b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+    (Path(config.root) / "val" / "1.jpg").write_bytes(bomb)
+    with pytest.raises(DataError, match=r"1\.jpg: .*pixels.*; expected") as caught:
+        source_of(config).image(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_run_lengths_that_decode_to_foreign_memory_have_no_runs() -> None:
+    for counts in (b"oooooooo0", b"0\x000", b"~~0", b"ooooooooooooooo"):
+        assert len(run_lengths(counts)) == 0

@@ -158,7 +158,7 @@ def instances_file(document: Document, root: Path) -> None:
         (id_of_void, r"image 11: segment id 0; expected 1"),
         (repeated_segment, r"image 11: segment id 300 listed twice"),
         (repeated_annotation, r"image 10: annotated twice"),
-        (instances_file, r"annotations\[0\]: expected a file_name and segments_info"),
+        (instances_file, r"annotations\[0\]: expected an image_id, a file_name and segments_info"),
     ],
 )
 def test_a_wrong_entry_is_one_line_with_file_and_id(
@@ -293,8 +293,16 @@ def test_written_shapes_are_the_rendered_ones(tmp_path: Path, panoptic_folder: F
 @pytest.mark.parametrize(
     ("given", "task", "message"),
     [
-        ("coco", "panoptic", r"data\.format: coco .* model\.task=panoptic; .* coco_panoptic or"),
-        ("coco", "semantic", r"data\.format: coco .* model\.task=semantic; .* ade20k or shapes"),
+        (
+            "coco",
+            "panoptic",
+            r"data\.format: coco .* model\.task=panoptic; .* coco_panoptic, cityscapes or shapes",
+        ),
+        (
+            "coco",
+            "semantic",
+            r"data\.format: coco .* model\.task=semantic; .* ade20k, cityscapes or shapes",
+        ),
         ("ade20k", "instance", r"data\.format: ade20k .* model\.task=instance"),
     ],
 )
@@ -332,3 +340,13 @@ def test_real_segments_have_the_stated_areas(real_set: Folder, split: Any) -> No
         assert labels.tolist() == [label for label, _ in things]
         assert all(np.array_equal(a, b) for a, (_, b) in zip(masks, things, strict=True))
         assert (semantic[truth.ids == 0] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["../../../secret.png", "/etc/hostname", "link.png"])
+def test_segments_outside_the_set_are_refused(panoptic_folder: Folder, name: str) -> None:
+    def edit(document: Document, root: Path) -> None:
+        (root / "annotations" / "panoptic_val" / "link.png").symlink_to("/etc/hostname")
+        document["annotations"][1]["file_name"] = name
+
+    with pytest.raises(DataError, match=r"val\.json: image 11: file_name .* points outside"):
+        source_of(panoptic_folder(edit))

@@ -2,8 +2,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from knet_core.config import DataConfig, ShapesConfig
 from knet_core.data import TrainStream, build_dataset, collate, eval_loader, train_loader
@@ -199,3 +201,78 @@ def test_real_sets_load(real_data: Path, name: str, classes: int, images: tuple[
         assert all(len(target.labels) for target in batch.targets)
         assert all(target.masks.flatten(1).any(1).all() for target in batch.targets)
     assert val.raw_image(0).shape[:2] == val.load(0, epoch=0).info.original_size
+
+
+# Wide images before tall ones.
+
+TALL = np.array([False, True, True, False, True, False, False, True, False, True, True])
+
+
+@pytest.fixture
+def mixed(coco_folder: Callable[..., DataConfig]) -> Callable[..., SegmentationDataset]:
+    """Describe 11 images, some wide and some tall."""
+
+    def edit(document: dict[str, Any], root: Path) -> None:
+        document["images"].clear()
+        document["annotations"].clear()
+        for number, tall in enumerate(TALL.tolist()):
+            height, width = (64, 48) if tall else (48, 64)
+            for split in ("train", "val"):
+                Image.new("RGB", (width, height)).save(root / split / f"{number}.png")
+            document["images"].append(
+                {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
+            )
+            document["annotations"].append(
+                {"image_id": number, "category_id": 7, "segmentation": [[8, 8, 40, 8, 40, 30]]}
+            )
+
+    return lambda **options: build_dataset(coco_folder(edit, **options), "train", seed=1)
+
+
+def test_a_step_trains_on_the_same_images_with_and_without_grouping() -> None:
+    plain, grouped = TrainStream(11, seed=3), TrainStream(11, seed=3, tall=TALL)
+    for step in range(20):  # over many epochs, whose ends fall into steps
+        one, two = plain.step(step, 4), grouped.step(step, 4)
+        assert one == [plain.at(position) for position in range(4 * step, 4 * step + 4)]
+        assert sorted(one) == sorted(two)
+        assert two == [p for p in one if not TALL[p[1]]] + [p for p in one if TALL[p[1]]]
+
+
+def test_at_most_one_micro_batch_of_a_step_mixes_wide_and_tall(
+    mixed: Callable[..., SegmentationDataset],
+) -> None:
+    loaded = batches(mixed(), batch_size=8, micro_batch=2, num_steps=6)
+    shapes = [{info.input_size for info in batch.infos} for batch in loaded]
+    for step in range(6):
+        assert sum(len(sizes) > 1 for sizes in shapes[4 * step : 4 * step + 4]) <= 1
+    assert {size for sizes in shapes for size in sizes} == {(64, 48), (48, 64)}
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 1)])
+def test_grouped_steps_depend_neither_on_workers_nor_on_a_restart(
+    mixed: Callable[..., SegmentationDataset], world_size: int, num_workers: int
+) -> None:
+    dataset = mixed()
+    whole = batches(dataset)
+    for start in (0, 3):
+        ranks = [
+            batches(
+                dataset,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+                start_step=start,
+            )
+            for rank in range(world_size)
+        ]
+        for step, batch in enumerate(whole[start:]):
+            assert ids([rank[step] for rank in ranks]) == ids([batch])
+
+
+@pytest.mark.parametrize("options", [{"group_by_aspect": False}, {"crop": 32}])
+def test_grouping_is_left_out_where_nobody_asks_for_it(
+    mixed: Callable[..., SegmentationDataset], options: dict[str, Any]
+) -> None:
+    stream = TrainStream(11, seed=1)
+    found = ids(batches(mixed(**options)))
+    assert found == [stream.at(position)[1] for position in range(20)]

@@ -105,3 +105,25 @@ def test_fingerprints_and_shapes_need_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_detectron2s_variable_stands_in_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / name / "set").mkdir(parents=True)
+    monkeypatch.delenv("KNET_DATA", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "theirs"))
+    assert resolve_root(DataConfig(root="set")) == tmp_path / "theirs" / "set"
+    monkeypatch.setenv("KNET_DATA", str(tmp_path / "ours"))
+    assert resolve_root(DataConfig(root="set")) == tmp_path / "ours" / "set"
+    with pytest.raises(DataError, match=r"KNET_DATA=.*ours, DETECTRON2_DATASETS=.*theirs\)"):
+        resolve_root(DataConfig(root="absent"))
+
+
+def test_a_root_in_an_object_store_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        DataError, match=r"data\.root: s3://bucket/coco .* not built yet"
+    ) as caught:
+        resolve_root(DataConfig(root="s3://bucket/coco"))
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,8 @@ from PIL import Image
 from knet_core.config import DataConfig
 from knet_core.data import build_dataset, collate, make_shapes
 from knet_core.data.dataset import SegmentationDataset
+from knet_core.data.paths import find_split
+from knet_core.data.semantic_folder import SemanticFolderSource
 from knet_core.data.shapes import STUFF_CATEGORIES, THING_CATEGORIES
 from knet_core.errors import ConfigError, DataError
 
@@ -202,3 +204,16 @@ def test_every_real_image_loads(
         table = (Path(config.root) / "objectInfo150.txt").read_text().splitlines()[1:]
         names = [row.split("\t")[-1].split(",")[0].strip() for row in table]
     assert names == list(config.classes)
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+def test_links_out_of_the_set_are_refused(
+    semantic_folder: Callable[..., DataConfig], kind: str
+) -> None:
+    config = semantic_folder()
+    path = sorted((Path(config.root) / kind / "validation").iterdir())[1]
+    outside = Path(config.root).parent / path.name
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(DataError, match=r"image 1: .* link that points outside the data set"):
+        SemanticFolderSource(find_split(config, "val"), config)

@@ -2,17 +2,20 @@ import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
 from knet_core.config import DataConfig, ShapesConfig, SplitConfig
 from knet_core.data import build_dataset
 from knet_core.data.dataset import SegmentationDataset
-from knet_core.metrics.mask_ap import MaskAP
+from knet_core.metrics import mask_ap
+from knet_core.metrics.mask_ap import MaskAP, average_precision
 from knet_core.structures import ImageInfo, Instances
 
 # pycocotools 2.0.11 decodes by a numpy protocol that numpy 2 deprecates; only tests decode by it.
@@ -163,3 +166,77 @@ def test_cocos_demonstration_scores_as_published(real_data: Path) -> None:
         "val/APm": 0.3102,
         "val/APl": 0.3269,
     }
+
+
+def random_objects(seed: int, count: int) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+    """Masks of all sizes in images of one size, and detections near them by category."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(4, 150, 2).tolist()
+    num_categories = int(rng.integers(1, 5))
+    truth: dict[str, Any] = {
+        "images": [{"id": n, "height": height, "width": width} for n in range(1, count + 1)],
+        "categories": [{"id": 3 * n, "name": str(n)} for n in range(1, num_categories + 1)],
+        "annotations": [],
+    }
+    found: dict[int, list[Any]] = {category["id"]: [] for category in truth["categories"]}
+
+    def entry(image: int, mask: Any) -> dict[str, Any]:
+        rle = mask_api.encode(np.asfortranarray(mask))
+        return {
+            "image_id": image,
+            "category_id": 3 * int(rng.integers(1, num_categories + 1)),
+            "area": float(mask.sum()),
+            "bbox": mask_api.toBbox(rle).tolist(),
+            "segmentation": rle,
+        }
+
+    def blob() -> Any:
+        mask = np.zeros((height, width), dtype=np.uint8)
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        mask[top : top + int(rng.integers(height)), left : left + int(rng.integers(width))] = 1
+        return mask  # maybe empty
+
+    for image in range(1, count + 1):
+        masks = [blob() for _ in range(rng.integers(0, 6))]
+        for mask in masks:
+            number, crowd = len(truth["annotations"]) + 1, int(rng.random() < 0.2)
+            truth["annotations"].append({**entry(image, mask), "id": number, "iscrowd": crowd})
+        for _ in range(rng.integers(0, 130 if rng.random() < 0.1 else 12)):
+            near = masks[rng.integers(len(masks))] if masks and rng.random() < 0.7 else blob()
+            moved = entry(image, np.roll(near, int(rng.integers(-2, 3)), axis=0))
+            score = float(rng.choice([0.1, 0.5, rng.random()]))  # ties
+            found[moved["category_id"]].append({**moved, "iscrowd": 0, "score": score})
+    return truth, found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 6),
+    iou_type=st.sampled_from(["segm", "bbox"]),
+)
+def test_faster_coco_eval_gives_the_numbers_of_pycocotools(
+    seed: int, count: int, iou_type: Literal["segm", "bbox"]
+) -> None:
+    truth, found = random_objects(seed, count)
+    one, other = (
+        average_precision(truth, lambda key: found[key], iou_type=iou_type, engine=engine)
+        for engine in ("faster-coco-eval", "pycocotools")
+    )
+    assert one == pytest.approx(other, abs=1e-12)
+
+
+def test_categories_in_portions_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = (random_objects(seed, 30) for seed in range(99))
+    truth, found = next(one for one in sets if len(one[0]["categories"]) > 2)
+    whole = average_precision(truth, lambda key: found[key])
+    monkeypatch.setattr(mask_ap, "_AT_ONCE", 1)
+    assert average_precision(truth, lambda key: found[key]) == whole
+    assert 0 < (whole["AP"] or 0) < 1
+
+
+def test_a_worker_sends_run_lengths_and_no_masks(dataset: SegmentationDataset) -> None:
+    metric = fill(new(dataset), dataset)
+    state = metric.state()
+    assert len(state.images) == len(state.ends) > 12
+    assert len(pickle.dumps(state)) < 100 * len(state.images) + 1000 + len(state.runs)

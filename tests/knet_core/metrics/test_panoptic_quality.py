@@ -190,9 +190,9 @@ def test_workers_merge_to_what_one_finds_and_send_little() -> None:
     for number, (_, prediction) in enumerate(pairs):
         parts[number % 3].add(info(number), prediction)
     states = [pickle.dumps(part.state()) for part in parts]
-    assert max(map(len, states)) < 500
+    assert max(map(len, states)) < 600
     parts[0].merge(pickle.loads(state) for state in states)
-    assert parts[0].compute() == pytest.approx(scored(pairs).compute(), abs=1e-12)
+    assert parts[0].compute() == scored(pairs).compute()  # to the bit
 
 
 SIZES: dict[str, Any] = {"short_edge": (64, 64), "long_edge": 128}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from knet_core import fit
+from knet_core import fit, make_shapes
 from knet_platform.cli.main import main
 from knet_platform.config import load_recipe
 
@@ -91,3 +91,95 @@ def test_kernel_maps_are_a_picture_of_every_instance_kernel(
     missing = tmp_path / "nowhere" / "kernels.png"
     assert main(["eval", str(checkpoint), str(data), "--kernel-maps", str(missing)]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+TASKS = {
+    "instance": [],
+    "panoptic": ["model.task=panoptic"],
+    "semantic": ["model.task=semantic", "model.semantic.head=fcn", "model.grouping=soft"],
+}
+
+
+def scored(task: str, root: Path, saved: Path) -> list[str]:
+    """Return the command that scores saved predictions against the set's own files."""
+    annotations = root / "annotations"
+    if task == "instance":
+        files = {"gt": annotations / "instances_val.json", "pred": saved / "instances.json"}
+    elif task == "panoptic":
+        files = {
+            "gt-json": annotations / "panoptic_val.json",
+            "gt-dir": annotations / "panoptic_val",
+            "pred-json": saved / "panoptic.json",
+            "pred-dir": saved / "panoptic",
+        }
+    else:
+        files = {"gt-dir": annotations / "validation", "pred-dir": saved / "semantic"}
+    options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    if task == "semantic":
+        options += ["--num-classes", "10", "--reduce-zero-label", "--pred-from-one"]
+    return ["score", task, *options, "--json"]
+
+
+MAIN = {"instance": ("val/AP", 1), "panoptic": ("val/PQ", 100), "semantic": ("val/mIoU", 1)}
+LAYOUTS = {
+    "instance": ("coco", "val", "annotations/instances_val.json"),
+    "panoptic": ("coco_panoptic", "val", "annotations/panoptic_val.json"),
+    "semantic": ("ade20k", "images/validation", "annotations/validation"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_saved_predictions_score_as_the_evaluation_says(
+    task: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shapes(tmp_path / "set", num_train=1, num_val=5, size=64)
+    root = tmp_path / "set" / ("semantic" if task == "semantic" else "")
+    data = tmp_path / "data.yaml"
+    kind, images, annotations = LAYOUTS[task]
+    split = f"{{images: [{images}], annotations: [{annotations}]}}"
+    data.write_text(f"format: {kind}\nroot: {root}\nval: {split}\n")
+    settings = [*TASKS[task], "train.iterations=1"]
+    checkpoint = fit(load_recipe(recipe, overrides=settings), output_dir=tmp_path / "run")
+    saved = tmp_path / "saved"
+    command = ["eval", str(checkpoint.checkpoint), str(data), "--save-predictions", str(saved)]
+    assert main([*command, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert main(scored(task, root, saved)) == 0
+    scores = json.loads(capsys.readouterr().out)
+    name, unit = MAIN[task]
+    value = scores["All"]["PQ"] if task == "panoptic" else scores[name.removeprefix("val/")]
+    assert value == pytest.approx(unit * metrics[name], abs=1e-12)
+    if task != "semantic":
+        (document,) = (json.loads(path.read_text()) for path in saved.glob("*.json"))
+        entries = document if task == "instance" else document["annotations"]
+        assert {entry["image_id"] for entry in entries} <= {1, 2, 3, 4, 5}
+    assert main(command) == 2  # the folder is there already
+    assert "--save-predictions" in capsys.readouterr().err
+
+
+def test_data_without_annotations_is_predicted_only(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(checkpoint), str(data), "--no-scores"]
+    assert main(command) == 2
+    assert "expected --save-predictions" in capsys.readouterr().err
+    assert main([*command, "--save-predictions", str(tmp_path / "saved")]) == 0
+    assert "predictions of 3 images" in capsys.readouterr().out
+    found = json.loads((tmp_path / "saved" / "instances.json").read_text())
+    assert len({entry["image_id"] for entry in found}) == 3
+    assert main([*command, "--save-predictions", str(tmp_path / "other"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 3
+
+
+def test_an_evaluation_that_fails_leaves_no_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shapes(tmp_path / "set", num_train=1, num_val=3, size=64)
+    picture = sorted((tmp_path / "set" / "val").glob("*.png"))[-1]
+    picture.write_bytes(picture.read_bytes()[:60])
+    data = tmp_path / "data.yaml"
+    data.write_text(f"format: coco\nroot: {tmp_path / 'set'}\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    command = ["eval", str(checkpoint), str(data), "eval.batch_size=1"]
+    assert main([*command, "--save-predictions", str(tmp_path / "saved")]) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
