@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_api
+
+from knet_core.errors import NonFiniteError
 
 if TYPE_CHECKING:  # files are scored without torch
     from knet_core.structures import ImageInfo, Instances
@@ -167,7 +170,19 @@ class MaskAP:
         self._sizes, self._ends, self._runs = array("q"), array("q"), bytearray()
 
     def add(self, info: "ImageInfo", instances: "Instances") -> None:
-        """Take the detections of one image; masks are kept as run lengths only."""
+        """Take the detections of one image; masks are kept as run lengths only.
+
+        Raises:
+            NonFiniteError: A score is NaN or infinite.
+        """
+        scores = instances.scores.tolist()
+        wrong = sum(not math.isfinite(score) for score in scores)
+        if wrong:
+            raise NonFiniteError(
+                f"evaluation: {wrong} of {len(scores)} scores of image {info.image_id} "
+                f"({info.file_name}) are not finite; the model has diverged: lower optim.lr, or "
+                f"train.precision=fp32"
+            )
         masks = instances.masks.to("cpu").numpy().view(np.uint8)
         # Run lengths go down columns, so pycocotools wants each mask in Fortran's order.
         for mask in masks:
@@ -177,7 +192,7 @@ class MaskAP:
         self._images.extend([info.image_id] * count)
         self._sizes.extend(size * count)
         self._labels.extend(instances.labels.tolist())
-        self._scores.extend(instances.scores.tolist())
+        self._scores.extend(scores)
 
     def state(self) -> Detections:
         """Return what was collected, to send to another worker."""

@@ -191,7 +191,18 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_built(tiny_r
 
 
 def test_a_run_that_explodes_stops_and_keeps_its_last_checkpoint(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(iterations=50, eval_every=1, optim={"lr": 1e30, "warmup_iterations": 0})
+    recipe = tiny_recipe(
+        iterations=50,
+        eval_every=50,
+        checkpoint_every=1,
+        optim={"lr": 1e30, "warmup_iterations": 0},
+    )
     with pytest.raises(NonFiniteError, match=r"images with ids \[.*nonfinite_step"):
         fit(recipe, output_dir=tmp_path)
     assert list(tmp_path.glob("nonfinite_step*.pt"))
+
+
+def test_an_evaluation_of_a_model_that_exploded_is_no_score(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(iterations=50, eval_every=1, optim={"lr": 1e30, "warmup_iterations": 0})
+    with pytest.raises(NonFiniteError, match=r"scores of image 1 \(000000.png\) are not finite"):
+        fit(recipe, output_dir=tmp_path)
