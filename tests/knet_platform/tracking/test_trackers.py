@@ -147,7 +147,7 @@ class TestMLflowTracker(TrackerContract):
             "status_reason": "no such image",
         }
         assert child.data.params["model.stages"] == "1"
-        assert child.data.params["model.backbone.name"] == "resnet50"
+        assert child.data.params["model.backbone.name"] == "resnet50.tv_in1k"
         assert client.list_artifacts(child.info.run_id, "images")
         assert client.list_artifacts(parent.info.run_id, "report")[0].path == "report/index.html"
 
