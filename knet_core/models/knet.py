@@ -59,16 +59,26 @@ class KNet(nn.Module):
         return self.task.criterion(output, targets)
 
     def postprocess(
-        self, output: KNetOutput, sizes: Sequence[ImageSize], *, stage: int = -1
+        self,
+        output: KNetOutput,
+        sizes: Sequence[ImageSize | tuple[int, int]],
+        *,
+        stage: int = -1,
     ) -> Sequence[Prediction]:
         """Return each image's result; see `knet_core.postprocess`.
 
         Args:
             output: Prediction for a padded batch.
-            sizes: One per image of the batch.
+            sizes: One per image of the batch; (H0, W0) alone stands for an image without padding.
             stage: 0 the static kernels, s the s-th update, -1 the last stage.
         """
-        return self.task.postprocess(output, sizes, stage)
+        known = [
+            size
+            if isinstance(size, ImageSize)
+            else ImageSize(input_size=output.padded_size, original_size=size)
+            for size in sizes
+        ]
+        return self.task.postprocess(output, known, stage)
 
 
 class HasKind(Protocol):

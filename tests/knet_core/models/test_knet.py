@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from knet_core import BackboneConfig, ConfigError, ModelConfig, Recipe, build_model
+from knet_core import BackboneConfig, ConfigError, ImageSize, ModelConfig, Recipe, build_model
 from knet_core.config import SemanticConfig
 from knet_core.data import Category
 from knet_core.models.fpn import FPN
@@ -177,3 +177,13 @@ def test_an_impossible_backbone_is_one_line(backbone, message):
 def test_no_class_is_refused():
     with pytest.raises(ConfigError, match="0 categories"):
         build(ModelConfig(backbone=TINY, channels=32), num_classes=0)
+
+
+def test_a_bare_size_stands_for_an_image_without_padding():
+    torch.manual_seed(0)
+    model = build(ModelConfig(backbone=TINY, channels=32, num_kernels=7), 4).eval()
+    output = model(torch.randn(1, 3, 64, 96))
+    (bare,) = model.postprocess(output, [(50, 70)])
+    (full,) = model.postprocess(output, [ImageSize(input_size=(64, 96), original_size=(50, 70))])
+    assert torch.equal(bare.masks, full.masks)
+    assert bare.masks.shape[1:] == (50, 70)
