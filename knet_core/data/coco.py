@@ -7,20 +7,20 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
 from knet_core.data.coco_annotations import run_lengths
-from knet_core.data.coco_index import read_index
-from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, read_image
+from knet_core.data.coco_index import CocoIndex, read_index
+from knet_core.data.images import SMALLEST_SIDE, no_image_left
+from knet_core.data.listed_images import ListedImages
 from knet_core.data.paths import SplitFiles
 from knet_core.data.source import (
     IGNORED,
     MOST_LABELS,
-    ImageRecord,
     PanopticTruth,
     image_entry,
 )
 from knet_core.errors import DataError
 
 
-class CocoSource:
+class CocoSource(ListedImages):
     """One split of a COCO data set.
 
     Outside training the file may lack annotations (COCO's test-dev): its images then have no
@@ -33,6 +33,8 @@ class CocoSource:
     Raises:
         DataError: The annotations cannot be used, or no image is left.
     """
+
+    _index: CocoIndex
 
     def __init__(self, files: SplitFiles, *, training: bool) -> None:
         self._files = files
@@ -47,36 +49,6 @@ class CocoSource:
             self._kept = self._kept[(objects > 0) & large]
         if not len(self._kept):
             raise no_image_left(files, len(index.image_ids), training=training)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def record(self, index: int) -> ImageRecord:
-        """Return id, file name and stated size of one image."""
-        image = int(self._kept[index])
-        height, width = self._index.sizes[image].tolist()
-        return ImageRecord(
-            id=int(self._index.image_ids[image]),
-            file_name=self._index.file_names[image],
-            height=height,
-            width=width,
-        )
-
-    def sizes(self) -> NDArray[np.int32]:
-        """Return the stated height and width of all images (N, 2)."""
-        return self._index.sizes[self._kept]
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Decode one image, (H0, W0, 3) RGB.
-
-        Raises:
-            DataError: The file is damaged or its size is not the stated one.
-        """
-        record = self.record(index)
-        path = self._files.images / record.file_name
-        pixels = read_image(path)
-        check_size(path, pixels, record, self._files.annotations.name)
-        return pixels
 
     def objects(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Decode the labels (G,) and masks (G, H0, W0) of one image; crowds have none."""

@@ -1,18 +1,18 @@
 """COCO panoptic: one JSON file and a PNG of segment ids an image; decoded only when asked for."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from knet_core.config import Task
-from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, open_image, read_image
-from knet_core.data.panoptic_index import read_panoptic_index
+from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, open_image
+from knet_core.data.listed_images import ListedImages
+from knet_core.data.panoptic_index import PanopticIndex, read_panoptic_index
 from knet_core.data.paths import SplitFiles
 from knet_core.data.segments import Segments, SegmentSource
-from knet_core.data.source import ImageRecord, places
+from knet_core.data.source import places
 from knet_core.errors import DataError
 
 
-class CocoPanopticSource(SegmentSource):
+class CocoPanopticSource(ListedImages, SegmentSource):
     """One split of a COCO panoptic data set.
 
     Args:
@@ -24,6 +24,8 @@ class CocoPanopticSource(SegmentSource):
     Raises:
         DataError: The annotations cannot be used, or no image is left.
     """
+
+    _index: PanopticIndex
 
     def __init__(self, files: SplitFiles, *, training: bool, task: Task) -> None:
         self._files = files
@@ -44,36 +46,6 @@ class CocoPanopticSource(SegmentSource):
             self._kept = self._kept[(counts > 0) & large]
         if not len(self._kept):
             raise no_image_left(files, len(index.image_ids), training=training)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def record(self, index: int) -> ImageRecord:
-        """Return id, file name and stated size of one image."""
-        image = int(self._kept[index])
-        height, width = self._index.sizes[image].tolist()
-        return ImageRecord(
-            id=int(self._index.image_ids[image]),
-            file_name=self._index.file_names[image],
-            height=height,
-            width=width,
-        )
-
-    def sizes(self) -> NDArray[np.int32]:
-        """Return the stated height and width of all images (N, 2)."""
-        return self._index.sizes[self._kept]
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Decode one image, (H0, W0, 3) RGB.
-
-        Raises:
-            DataError: The file is damaged or its size is not the stated one.
-        """
-        record = self.record(index)
-        path = self._files.images / record.file_name
-        pixels = read_image(path)
-        check_size(path, pixels, record, self._files.annotations.name)
-        return pixels
 
     def _read_segments(self, index: int) -> Segments:
         image, record = int(self._kept[index]), self.record(index)
