@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from knet_core import KNetError
 from knet_platform.attempts import begin, verify
+from knet_platform.failures import cause_of
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import train_worker
 
@@ -46,22 +47,24 @@ def run_trial(config: dict[str, Any]) -> None:
     while True:
         attempt = begin(store, job.run_id)
         ray.tune.report({"attempt": attempt})
-        step = _step(store)
+        step = store.latest_step()
         try:
             device = _fit(job, store)
             break
         except (ray.train.TrainingFailedError, RayError, KNetError) as error:
             cause = _cause(error)
-            retries = 0 if _step(store) > step else retries + 1
+            retries = 0 if store.latest_step() > step else retries + 1
             message = _one_line(cause)
             if isinstance(cause, KNetError) or retries > MAX_RETRIES:
                 verify(store, job.run_id)
                 store.write_failure(
                     Failure(
+                        cause=cause_of(cause),
                         kind=type(cause).__name__,
                         message=message,
+                        action="stopped the trial",
                         attempt=attempt,
-                        at=datetime.now(UTC).isoformat(timespec="seconds"),
+                        step=store.latest_step(),
                     )
                 )
                 ray.tune.report({"outcome": "failed", "reason": message})
@@ -122,12 +125,6 @@ def _result(job: TrialJob, store: TrialStore, device: str, wall_seconds: float) 
         workers=job.workers,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _step(store: TrialStore) -> int:
-    """Return the step of the newest checkpoint, 0 without one."""
-    name = store.latest_checkpoint()
-    return int(name.rpartition("_")[2]) if name else 0
 
 
 def _cause(error: Exception) -> Exception:

@@ -1,17 +1,18 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
-Layout: `<uri>/trials/<hash>/{result.json, failure.json, checkpoint_<step>/, ...}`; this folder is
-also Ray Train's run folder. A local file appears whole or not at all (written beside, then
-renamed); an S3 object does so by nature.
+Layout: `<uri>/trials/<hash>/{result.json, failure.json, failures/<number>.json,
+checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder. A local file appears whole
+or not at all (written beside, then renamed); an S3 object does so by nature.
 """
 
 import errno
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import uuid4
@@ -25,7 +26,22 @@ if TYPE_CHECKING:
     from knet_core import CheckpointState
 
 Status = Literal["finished", "partial", "failed", "new"]
+Cause = Literal[
+    "preempted",
+    "out_of_memory_training",
+    "out_of_memory_evaluation",
+    "non_finite",
+    "data",
+    "configuration",
+    "hang",
+    "crash",
+]
+"""Classes of failures, each with a policy of its own (docs/design/failures.md)."""
 
+FAILURES = "failures"
+"""Folder of a trial that takes its failures and what explains them."""
+
+_FAILURE = re.compile(r"(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 _CHECKPOINT_FILES = {"model.safetensors", "trainer.pt", "state.json", "recipe.yaml"}
 
@@ -75,16 +91,29 @@ class TrialResult:
     workers: int
     finished_at: str
     """ISO 8601."""
+    micro_batch: int | None = None
+    """Images of a worker at a time, where memory allowed fewer than the recipe asked for."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why the last attempt of a trial ended."""
+    """One thing that went wrong in a trial, and what was done about it."""
 
+    cause: Cause
     kind: str
+    """Name of the exception's class."""
     message: str
+    action: str
+    """In a few words: "retried from step 120", "stopped the trial"."""
     attempt: int
-    at: str = field(default="")
+    """Counted from 1."""
+    step: int
+    """Of the newest checkpoint at the time, 0 without one."""
+    at: str = field(default_factory=_now)
     """ISO 8601."""
 
 
@@ -134,7 +163,7 @@ class TrialStore:
         return TrialResult(evaluations=evaluations, **values)
 
     def write_result(self, result: TrialResult) -> None:
-        """Mark the trial as finished; an earlier failure is forgotten."""
+        """Mark the trial as finished, whatever ended it before."""
         evaluations = [
             {"step": item.step, "time": item.time, "metrics": dict(item.metrics)}
             for item in result.evaluations
@@ -145,16 +174,29 @@ class TrialStore:
         self.clear_failure()
 
     def failure(self) -> Failure | None:
-        """Return why the trial failed, if its last attempt did."""
+        """Return the failure that ended the trial; None if it went on or can go on."""
         values = self._read_json("failure.json")
         return None if values is None else Failure(**values)
 
-    def write_failure(self, failure: Failure) -> None:
-        """Record why an attempt ended."""
-        self._write_json("failure.json", asdict(failure))
+    def failures(self) -> tuple[Failure, ...]:
+        """Return everything that ever went wrong in the trial, oldest first."""
+        names = (f"{FAILURES}/{number:04d}.json" for number in self._failure_numbers())
+        return tuple(Failure(**self._load_json(name)) for name in names)
+
+    def write_failure(self, failure: Failure, *, final: bool = True) -> None:
+        """Add a failure to the record.
+
+        Args:
+            failure: What went wrong.
+            final: It ended the trial.
+        """
+        number = max(self._failure_numbers(), default=0) + 1
+        self._write_json(f"{FAILURES}/{number:04d}.json", asdict(failure))
+        if final:
+            self._write_json("failure.json", asdict(failure))
 
     def clear_failure(self) -> None:
-        """Forget the recorded failure, if any."""
+        """Let the trial go on after the failure that ended it, if any; the record stays."""
         with _explained(self.uri, "write"), suppress(FileNotFoundError):
             self._filesystem.delete_file(f"{self._root}/failure.json")
 
@@ -166,6 +208,11 @@ class TrialStore:
             if set(self.list(name)) >= _CHECKPOINT_FILES:
                 return name
         return None
+
+    def latest_step(self) -> int:
+        """Return the step of the newest checkpoint, 0 without one."""
+        name = self.latest_checkpoint()
+        return int(name.rpartition("_")[2]) if name else 0
 
     def state(self) -> "CheckpointState | None":
         """Return the training state of the newest checkpoint."""
@@ -232,9 +279,16 @@ class TrialStore:
             found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         return sorted(info.base_name for info in found)
 
+    def _failure_numbers(self) -> Sequence[int]:
+        found = (_FAILURE.fullmatch(name) for name in self.list(FAILURES))
+        return sorted(int(match[1]) for match in found if match)
+
     def _read_json(self, relative: str) -> dict[str, Any] | None:
         if relative not in self.list():
             return None
+        return self._load_json(relative)
+
+    def _load_json(self, relative: str) -> dict[str, Any]:
         try:
             values: dict[str, Any] = json.loads(self.read_bytes(relative))
         except ValueError as error:

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -220,13 +219,16 @@ class _Bridge(ray.tune.Callback):
         ours = self._trials[_name(trial)]
         error = str(trial.get_error() or "ended without a word")
         reason = f"driver: {error.strip().splitlines()[-1]}"
+        store = self._store.trial(ours.hash)
         failure = Failure(
+            cause="crash",
             kind="DriverError",
             message=reason,
+            action="stopped the trial",
             attempt=self.attempts[ours.hash],
-            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            step=store.latest_step(),
         )
-        self._store.trial(ours.hash).write_failure(failure)
+        store.write_failure(failure)
         self._end(ours, reason)
 
     def interrupt(self) -> None:

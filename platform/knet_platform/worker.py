@@ -10,10 +10,9 @@ import ray.train
 
 from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import verify
-from knet_platform.storage import Store, TrialStore
+from knet_platform.storage import FAILURES, Store, TrialStore
 
 PICTURES = "pictures"
-FAILURES = "failures"
 
 
 def train_worker(config: dict[str, Any]) -> str:

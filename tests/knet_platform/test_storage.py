@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -25,7 +26,15 @@ RESULT = TrialResult(
     workers=2,
     finished_at="2026-01-01T00:00:00+00:00",
 )
-FAILURE = Failure(kind="DataError", message="no image", attempt=1, at="2026-01-01T00:00:00+00:00")
+FAILURE = Failure(
+    cause="data",
+    kind="DataError",
+    message="no image",
+    action="stopped the trial",
+    attempt=1,
+    step=5,
+    at="2026-01-01T00:00:00+00:00",
+)
 FILES = ("model.safetensors", "trainer.pt", "state.json", "recipe.yaml")
 
 
@@ -81,6 +90,22 @@ def test_a_trial_goes_from_new_over_partial_and_failed_to_finished(store):
     trial.write_result(RESULT)
     assert (trial.status(), trial.result(), trial.failure()) == ("finished", RESULT, None)
     assert store.trial("cd").status() == "new"
+
+
+def test_every_failure_stays_on_record_and_one_may_have_ended_the_trial(store):
+    trial = store.trial("ab")
+    assert trial.failures() == ()
+    lost = replace(FAILURE, cause="preempted", action="retried from step 5")
+    trial.write_failure(lost, final=False)
+    assert (trial.failures(), trial.failure(), trial.status()) == ((lost,), None, "new")
+    trial.write_bytes("failures/nonfinite_3.pt", b"what explains a failure is kept beside it")
+    for attempt in range(2, 12):
+        trial.write_failure(replace(FAILURE, attempt=attempt))
+    assert [failure.attempt for failure in trial.failures()] == list(range(1, 12))
+    assert trial.failure() == trial.failures()[-1]
+    trial.clear_failure()
+    trial.write_result(RESULT)
+    assert (trial.failure(), len(trial.failures())) == (None, 11)
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(store):

@@ -79,7 +79,14 @@ def test_a_new_sweep_is_all_to_run_and_nothing_is_written(capsys, home):
 
 def test_finished_and_failed_trials_are_told_apart(capsys, home, trials):
     finish(home, trials["3/0"])
-    failure = Failure(kind="NonFiniteError", message="loss is nan", attempt=1)
+    failure = Failure(
+        cause="non_finite",
+        kind="NonFiniteError",
+        message="loss is nan",
+        action="stopped the trial",
+        attempt=1,
+        step=0,
+    )
     Store(str(home / "storage")).trial(trials["1/0"]).write_failure(failure)
     assert main(["plan", *ARGUMENTS, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

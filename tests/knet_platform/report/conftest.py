@@ -87,6 +87,13 @@ def store(tmp_path: Path, sweep: Sweep) -> Store:
             folder.write_bytes("pictures/step_000300.png", PNG)
         elif trial.arm == "4":
             folder.write_failure(
-                Failure(kind="WorkerDied", message="killed <by> the kernel", attempt=3)
+                Failure(
+                    cause="crash",
+                    kind="WorkerDied",
+                    message="killed <by> the kernel",
+                    action="stopped the trial",
+                    attempt=3,
+                    step=0,
+                )
             )
     return store
