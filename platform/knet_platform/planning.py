@@ -216,7 +216,7 @@ def load_sweep(
 
 def trial_hash(recipe: Recipe, fingerprint: str) -> str:
     """Return the 16 hex digits that identify a run of `recipe` on data of that fingerprint."""
-    content = json.dumps([_identity(recipe), fingerprint, _code_digest()], sort_keys=True)
+    content = json.dumps([_identity(recipe), fingerprint, code_digest()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -228,7 +228,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
+    """Return the digest of the core's source code."""
     root = Path(knet_core.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

@@ -1,7 +1,7 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
-Layout: `<uri>/trials/<hash>/{result.json, failure.json, failures/<number>.json,
-checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder. A local file appears whole
+Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
+failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder. A local file appears whole
 or not at all (written beside, then renamed); an S3 object does so by nature.
 """
 
@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -21,6 +21,7 @@ from pyarrow import fs
 
 from knet_core import DiskFullError
 from knet_platform.errors import StorageError
+from knet_platform.provenance import Provenance
 
 if TYPE_CHECKING:
     from knet_core import CheckpointState
@@ -199,6 +200,26 @@ class TrialStore:
         """Let the trial go on after the failure that ended it, if any; the record stays."""
         with _explained(self.uri, "write"), suppress(FileNotFoundError):
             self._filesystem.delete_file(f"{self._root}/failure.json")
+
+    def provenance(self) -> Provenance | None:
+        """Return what the trial was made from; None before its first start."""
+        values = self._read_json("provenance.json")
+        if values is None:
+            return None
+        return Provenance(notes=tuple(values.pop("notes")), **values)
+
+    def write_provenance(self, provenance: Provenance, patch: str) -> None:
+        """Record what the trial is made from, with the uncommitted changes if there are any."""
+        if provenance.patch:
+            self.write_bytes("patch.diff", patch.encode(errors="surrogateescape"))
+        self._write_json("provenance.json", asdict(provenance))
+
+    def write_accelerator(self, accelerator: dict[str, str] | None) -> None:
+        """Add to the provenance what the first worker trains on."""
+        provenance = self.provenance()
+        if provenance is not None and accelerator != provenance.accelerator:
+            values = asdict(replace(provenance, accelerator=accelerator))
+            self._write_json("provenance.json", values)
 
     def latest_checkpoint(self) -> str | None:
         """Return the name of the newest checkpoint that has all its files."""

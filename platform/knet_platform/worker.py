@@ -10,6 +10,7 @@ import ray.train
 
 from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import verify
+from knet_platform.provenance import accelerator
 from knet_platform.storage import FAILURES, Store, TrialStore
 
 PICTURES = "pictures"
@@ -31,6 +32,8 @@ def train_worker(config: dict[str, Any]) -> str:
     resumed = ray.train.get_checkpoint()
     reporter = RayReporter(store, config["run_id"], Path(resumed.path).name if resumed else "")
     device = get_device()
+    if ray.train.get_context().get_world_rank() == 0:
+        store.write_accelerator(accelerator())
     with (
         tempfile.TemporaryDirectory(prefix="knet-") as folder,
         resumed.as_directory() if resumed else nullcontext() as start,

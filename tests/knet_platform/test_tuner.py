@@ -12,10 +12,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from knet_core import load_model
+from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import Sweep, load_sweep, trial_hash
 from knet_platform.progress import PlainProgress
 from knet_platform.storage import Store
 from knet_platform.tracking import MemoryTracker
@@ -96,6 +96,16 @@ def done(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         outcome = json.loads(output.getvalue())
         sweep = load_sweep(folder / "tiny.yaml")
         yield Done(folder=folder, sweep=sweep, code=code, outcome=outcome, cluster=ray_cluster)
+
+
+def test_every_trial_records_what_it_was_made_from(done: Done) -> None:
+    for trial in done.sweep.trials:
+        provenance = done.store.trial(trial.hash).provenance()
+        assert provenance is not None
+        recipe = Recipe.from_dict(provenance.recipe)
+        assert trial_hash(recipe, provenance.data_fingerprint) == trial.hash
+        assert provenance.workers == 2
+        assert provenance.accelerator is None  # this cluster has CPUs only
 
 
 def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:

@@ -19,7 +19,7 @@ from knet_platform.cluster import prepare_environment
 from knet_platform.errors import InterruptedSweepError, UsageError
 from knet_platform.home import knet_home, storage_uri
 from knet_platform.planning import load_sweep
-from knet_platform.provenance import git_sha
+from knet_platform.source import read_source
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -73,8 +73,7 @@ def runtime_env() -> dict[str, Any]:
     settings = {
         "KNET_HOME": str(knet_home()),
         "KNET_DATA": str(data_home().absolute()),
-        "KNET_GIT_SHA": git_sha(),
-    }
+    } | read_source().as_environment()
     for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI"):
         if value := os.environ.get(name):
             settings[name] = value

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from knet_platform.errors import TrackingError
 from knet_platform.planning import Sweep, Trial
-from knet_platform.provenance import git_sha
+from knet_platform.source import git_sha
 from knet_platform.tracking.protocol import PointLike, RejectedError, Status
 
 LOCAL_PAGES = "http://127.0.0.1:5000"

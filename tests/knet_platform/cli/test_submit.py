@@ -9,6 +9,7 @@ import pytest
 import knet_core
 from knet_platform.cli.main import main
 from knet_platform.cli.submit import _entrypoint, runtime_env
+from knet_platform.source import read_source
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,13 @@ def test_the_job_keeps_its_state_where_this_machine_keeps_it(
     assert settings["KNET_DATA"] == str(project)
     assert settings["KNET_STORAGE"] == "s3://bucket/knet"
     assert "MLFLOW_TRACKING_URI" not in settings
+
+
+def test_the_job_knows_what_its_code_came_from() -> None:
+    source = read_source()
+    settings = runtime_env()["env_vars"]
+    assert settings.get("KNET_GIT_SHA") == source.git_sha
+    assert ("KNET_GIT_PATCH" in settings) == (source.git_sha is not None)
 
 
 def test_credentials_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
