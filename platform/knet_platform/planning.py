@@ -175,9 +175,10 @@ def load_sweep(
     if problems:
         raise ConfigError(problems)
     recipes: dict[str, Recipe] = {}
+    sections: dict[str, Any] = {}
     for arm, stack in layers.items():
         with collecting(problems):
-            recipes[arm] = resolve(stack)
+            recipes[arm] = resolve(stack, built=sections)
     if not problems:
         problems.extend(_same_arms(path, recipes, baseline))
         problems.extend(_batch_problems(recipes, resources, path))
