@@ -48,12 +48,12 @@ class Layer:
 
 
 @contextmanager
-def collecting(problems: list[str]) -> Iterator[None]:
+def collecting(problems: list[str], *, prefix: str = "") -> Iterator[None]:
     """Add the problems of a `ConfigError` to `problems` instead of stopping at it."""
     try:
         yield
     except ConfigError as error:
-        problems.extend(error.problems)
+        problems.extend(f"{prefix}{problem}" for problem in error.problems)
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

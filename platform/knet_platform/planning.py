@@ -1,23 +1,19 @@
 """A sweep file in, frozen trials out: every arm with every seed, fully resolved and checked.
 
-A trial's identity is the hash of everything that can change its result: its recipe, the data's
-annotations and the core's code. So the same run in two sweeps is one trial, and a finished trial
-is never run again. Loads no torch, Ray or MLflow; writes nothing.
+A trial is known by the hash of everything that can change its result (`identity`). So the same run
+in two sweeps is one trial, and a finished trial is never run again. Loads no torch, Ray or MLflow;
+writes nothing.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import knet_core
 from knet_core import ConfigError, DataConfig, Recipe, data_fingerprint
 from knet_platform.config import (
     COMMAND_LINE,
@@ -31,16 +27,9 @@ from knet_platform.config import (
     scale_layers,
     suggestion,
 )
+from knet_platform.identity import same_run, trial_hash
 from knet_platform.metrics import METRICS, find_metric
 
-# Where things lie and how often they are shown; none of it can change a result.
-_NOT_HASHED = (
-    ("data", "root"),
-    ("data", "num_workers"),
-    ("train", "log_every"),
-    ("eval", "probe_images"),
-    ("eval", "fps_iterations"),
-)
 # Names become MLflow runs and folders of the report.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
 _KEYS = (
@@ -124,6 +113,17 @@ class Sweep:
     resources: Resources
     trials: tuple[Trial, ...]
     """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the plan or of the table should know."""
+
+    @property
+    def distinct_trials(self) -> tuple[Trial, ...]:
+        """Return the trials to train: of equal ones the baseline's, else the first."""
+        chosen: dict[str, Trial] = {}
+        for trial in self.trials:
+            if trial.hash not in chosen or trial.arm == self.baseline:
+                chosen[trial.hash] = trial
+        return tuple(chosen.values())
 
 
 def load_sweep(
@@ -179,8 +179,9 @@ def load_sweep(
     for arm, stack in layers.items():
         with collecting(problems):
             recipes[arm] = resolve(stack, built=sections)
+    notes: list[str] = []
     if not problems:
-        problems.extend(_same_arms(path, recipes, baseline))
+        notes = _merge_notes(path, recipes, baseline, problems)
         problems.extend(_batch_problems(recipes, resources, path))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -212,32 +213,8 @@ def load_sweep(
         paper=paper,
         resources=resources,
         trials=tuple(trials),
+        notes=tuple(notes),
     )
-
-
-def trial_hash(recipe: Recipe, fingerprint: str) -> str:
-    """Return the 16 hex digits that identify a run of `recipe` on data of that fingerprint."""
-    content = json.dumps([_identity(recipe), fingerprint, code_digest()], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.to_dict()
-    for section, key in _NOT_HASHED:
-        del values[section][key]
-    return values
-
-
-@cache
-def code_digest() -> str:
-    """Return the digest of the core's source code."""
-    root = Path(knet_core.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def _title(path: Path) -> str:
@@ -298,19 +275,20 @@ def _layers(
     return stacks
 
 
-def _same_arms(path: Path, recipes: Mapping[str, Recipe], baseline: str) -> list[str]:
-    """Name arms that would be the same run; the baseline is named as the one to differ from."""
-    problems = []
-    seen: dict[str, str] = {}
+def _merge_notes(
+    path: Path, recipes: Mapping[str, Recipe], baseline: str, problems: list[str]
+) -> list[str]:
+    """Say which arms are the same run; the baseline is named as the one that others equal."""
+    groups: dict[str, list[str]] = {}
     for arm in sorted(recipes, key=lambda name: name != baseline):
-        identity = json.dumps(_identity(recipes[arm]), sort_keys=True)
-        other = seen.setdefault(identity, arm)
-        if other != arm:
-            problems.append(
-                f"{path}: arms.{arm}: sets nothing that makes it differ from arm '{other}' (a "
-                f"key=value argument wins over arms); expected every arm to be another run"
-            )
-    return problems
+        with collecting(problems, prefix=f"{path}: arms.{arm}: "):
+            groups.setdefault(same_run(recipes[arm]), []).append(arm)
+    return [
+        f"arms {', '.join(same)} are the same run: trained once, shown as each of them "
+        f"(a key=value argument wins over arms)"
+        for same in groups.values()
+        if len(same) > 1
+    ]
 
 
 def _batch_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:

@@ -85,7 +85,9 @@ class PlainProgress:
     def end(self, trial: Trial, outcome: str) -> None:
         """Print how it ended."""
         self._done += 1
-        self.note(f"{trial.name}  {outcome}  ({self._done}/{len(self._sweep.trials)} trials)")
+        self.note(
+            f"{trial.name}  {outcome}  ({self._done}/{len(self._sweep.distinct_trials)} trials)"
+        )
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -100,7 +102,7 @@ class BarProgress:
         self._sweep = sweep
         self._bars = bars
         self._all = bars.add_task(
-            sweep.name, total=len(sweep.trials), completed=finished, values="trials"
+            sweep.name, total=len(sweep.distinct_trials), completed=finished, values="trials"
         )
         self._tasks: dict[str, TaskID] = {}
 

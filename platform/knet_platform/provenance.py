@@ -14,7 +14,7 @@ from typing import Any
 
 import knet_core
 from knet_core import Recipe, data_fingerprint
-from knet_platform.planning import code_digest
+from knet_platform.identity import code_digest
 from knet_platform.redaction import clean_command
 from knet_platform.source import Source
 

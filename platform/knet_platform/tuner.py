@@ -105,7 +105,8 @@ def _run_unfinished(
     sweep: Sweep, store: Store, tracker: Tracker, progress: Progress
 ) -> Mapping[str, str]:
     """Return the reasons of failed trials by hash."""
-    todo = [trial for trial in sweep.trials if store.trial(trial.hash).status() != "finished"]
+    distinct = sweep.distinct_trials
+    todo = [trial for trial in distinct if store.trial(trial.hash).status() != "finished"]
     _catch_up(sweep, todo, store, tracker)
     bridge = _Bridge(sweep, todo, store, tracker, progress)
     if todo:
@@ -290,7 +291,7 @@ class _Bridge(ray.tune.Callback):
 def _catch_up(sweep: Sweep, todo: Sequence[Trial], store: Store, tracker: Tracker) -> None:
     """Tell the tracker what it missed: results of other sweeps, the end of a killed process."""
     unfinished = {trial.hash for trial in todo}
-    for trial in sweep.trials:
+    for trial in sweep.distinct_trials:
         status = tracker.status(trial.hash)
         if trial.hash in unfinished:
             if status == "RUNNING":

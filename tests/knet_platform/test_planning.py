@@ -156,22 +156,45 @@ def test_all_problems_of_a_sweep_are_reported_at_once(sweep):
     ]
 
 
-def test_an_arm_that_sets_nothing_new_is_refused(sweep):
-    path = sweep(arms={"three": {}, "same": {"model.stages": 3}, "x": {"data.num_workers": 9}})
-    same, other = problems_of(path)
-    assert same.startswith("arms.same: sets nothing that makes it differ from arm 'three'")
-    assert other.startswith("arms.x: sets nothing")
+def test_arms_that_are_the_same_run_are_trained_once_and_said_to_be(sweep):
+    path = sweep(arms={"same": {"model.stages": 3}, "three": {}, "x": {"data.num_workers": 9}})
+    loaded = load_sweep(path)
+    (note,) = loaded.notes
+    assert note.startswith("arms three, same, x are the same run: trained once")
+    assert len(loaded.trials) == 6
+    assert [trial.name for trial in loaded.distinct_trials] == ["three/0", "three/1"]
 
 
-def test_two_arms_with_the_same_recipe_are_refused(sweep):
-    path = sweep(arms={"three": {}, "a": {"model.stages": 1}, "b": {"model": {"stages": 1}}})
-    (found,) = problems_of(path)
-    assert found.startswith("arms.b: sets nothing that makes it differ from arm 'a'")
+def test_an_override_that_makes_arms_equal_is_noted(sweep):
+    (note,) = load_sweep(sweep(), overrides=["model.stages=2"]).notes
+    assert "a key=value argument wins over arms" in note
 
 
-def test_an_override_that_makes_arms_equal_is_refused(sweep):
-    (found,) = problems_of(sweep(), overrides=["model.stages=2"])
-    assert "a key=value argument wins over arms" in found
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"arms": GOOD["arms"] | {"two": {"model.stages": 2}}},
+        {"seeds": [0, 1, 2]},
+        {"arms": {"longer": {"train.iterations": 20}} | GOOD["arms"]},
+    ],
+)
+def test_what_is_added_leaves_the_other_trials_as_they_are(sweep, added):
+    before = {trial.name: trial.hash for trial in load_sweep(sweep()).trials}
+    after = {trial.name: trial.hash for trial in load_sweep(sweep(**added)).trials}
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == len(after)
+
+
+def test_what_is_not_the_same_everywhere_is_refused_arm_by_arm(sweep):
+    path = sweep(
+        arms={
+            "three": {"loss.mask": float("inf")},
+            "one": {"data.train.images": ["/home/me/images"]},
+        }
+    )
+    first, second = problems_of(path)
+    assert first.startswith("arms.three: loss.mask: inf equals nothing")
+    assert second.startswith("arms.one: data.train.images: '/home/me/images' is a path of one")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:
     (failed,) = done.outcome["failed"]
     assert failed["arm"] == "broken"
     assert "nowhere.safetensors" in failed["reason"]
-    failure = done.store.trial(failed["hash"]).failure()
+    failure = done.store.trial(failed["trial_hash"]).failure()
     assert failure is not None
     assert failure.message == failed["reason"]
     assert failure.attempt == 1  # what explains itself is not tried again

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     store = Store(storage_uri())
     ray_address()
     _require_space(home, store)
-    finished = sum(store.trial(trial.hash).status() == "finished" for trial in sweep.trials)
+    finished = sum(
+        store.trial(trial.hash).status() == "finished" for trial in sweep.distinct_trials
+    )
     prepare_environment()
 
     from knet_platform.progress import open_progress
@@ -105,11 +107,11 @@ def _as_json(
     return {
         "sweep": sweep.name,
         "finished": [
-            {"arm": trial.arm, "seed": trial.seed, "hash": trial.hash}
+            {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash}
             for trial in outcome.finished
         ],
         "failed": [
-            {"arm": trial.arm, "seed": trial.seed, "hash": trial.hash, "reason": reason}
+            {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash, "reason": reason}
             for trial, reason in outcome.failed
         ],
         "files": {name: str(path) for name, path in outcome.files.items()},

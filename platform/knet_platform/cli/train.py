@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from knet_core import KNetError
 from knet_platform.config import load_recipe
 from knet_platform.home import knet_home, tracking_uri
+from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
-from knet_platform.planning import Metric, Resources, Sweep, Trial, trial_hash
+from knet_platform.planning import Metric, Resources, Sweep, Trial
 
 if TYPE_CHECKING:
     from knet_core import Recipe, Report
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         values = {
-            "hash": trial.hash,
+            "trial_hash": trial.hash,
             "step": result.step,
             "seconds": result.seconds,
             "checkpoint": str(result.checkpoint),

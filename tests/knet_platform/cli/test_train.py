@@ -35,9 +35,9 @@ def test_a_run_is_trained_tracked_and_never_trained_again(
 ) -> None:
     assert main(["train", str(recipe), "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["checkpoint"] == str(home / "runs" / first["hash"] / "checkpoint_2")
+    assert first["checkpoint"] == str(home / "runs" / first["trial_hash"] / "checkpoint_2")
     assert read_state(Path(first["checkpoint"])).step == 2
-    this_run = f"tags.trial_hash = '{first['hash']}'"
+    this_run = f"tags.trial_hash = '{first['trial_hash']}'"
     (run,) = _runs(this_run)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/AP"] == first["metrics"]["val/AP"]
