@@ -1,8 +1,9 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
-failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder. A local
-file appears whole or not at all (written beside, then renamed); an S3 object does so by nature.
+failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder.
+A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
+nature.
 """
 
 import errno
