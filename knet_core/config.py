@@ -344,6 +344,9 @@ class TrainConfig:
     """Autocast type; fp16 needs a GPU, a CPU trains in fp32 instead."""
     channels_last: bool = False
     """Memory layout of images and convolutions."""
+    sync_batch_norm: bool = False
+    """Batch normalisation takes its statistics from the images of all workers together (published
+    for the semantic task), not from each worker's own. With several workers it needs GPUs."""
     compile: bool = False
     """Compile the forward pass (torch.compile): minutes at the start and after every new image
     size, faster steps then. A CPU needs a C++ compiler for it."""

@@ -6,9 +6,11 @@ Every function here is collective: all workers call it, in the same order.
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from torch import Tensor, distributed
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, distributed, nn
 
-from knet_core.errors import KNetError
+from knet_core.errors import ConfigError, KNetError
 
 T = TypeVar("T")
 
@@ -30,6 +32,27 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.clone()
     distributed.all_reduce(total)
     return total / world_size()
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let the batch normalisations of a model share their statistics with the other workers'.
+
+    Parameters, buffers and their names stay, and so does what the model computes in evaluation
+    mode. timm's converter, unlike torch's, keeps the activations of its own normalisations.
+
+    Args:
+        model: Not a normalisation itself.
+        device: Where it trains.
+
+    Raises:
+        ConfigError: There are several workers on CPUs, which torch cannot synchronise.
+    """
+    if world_size() > 1 and device.type == "cpu":
+        raise ConfigError(
+            f"train.sync_batch_norm: got true for {world_size()} workers on CPUs, expected GPUs "
+            f"or one worker; set train.sync_batch_norm=false"
+        )
+    convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def gather_on_zero(value: T) -> list[T]:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from knet_core.config import Recipe
-from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
+from knet_core.distributed import (
+    gather_on_zero,
+    on_rank_zero,
+    rank,
+    sync_batch_norm,
+    world_size,
+)
 from knet_core.errors import NonFiniteError
 from knet_core.models.knet import KNet
 from knet_core.optim import build_optimizer, set_learning_rate
@@ -44,6 +50,9 @@ class Trainer:
         num_iterations: Optimizer steps of the whole run.
         device: Where this worker computes.
         output_dir: Takes the dump of a step that went wrong.
+
+    Raises:
+        ConfigError: `train.sync_batch_norm` is asked of several workers on CPUs.
     """
 
     def __init__(
@@ -59,6 +68,8 @@ class Trainer:
         self._num_iterations = num_iterations
         self._device = device
         self._output_dir = output_dir
+        if recipe.train.sync_batch_norm:
+            sync_batch_norm(model, device)
         layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
         self.model: KNet = model.to(  # type: ignore[call-overload]
             device=device, memory_format=layout

@@ -182,7 +182,7 @@ def load_sweep(
     notes: list[str] = []
     if not problems:
         notes = _merge_notes(path, recipes, baseline, problems)
-        problems.extend(_batch_problems(recipes, resources, path))
+        problems.extend(_worker_problems(recipes, resources, path))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
@@ -291,7 +291,7 @@ def _merge_notes(
     ]
 
 
-def _batch_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:
+def _worker_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:
     problems = []
     for arm, recipe in recipes.items():
         batch, micro = recipe.train.batch_size, recipe.train.micro_batch
@@ -304,6 +304,16 @@ def _batch_problems(recipes: Mapping[str, Recipe], resources: Resources, path: P
             problems.append(
                 f"{path}: arms.{arm}: train.micro_batch: {micro} does not divide the "
                 f"{batch // resources.workers} images of each worker"
+            )
+        if (
+            recipe.train.sync_batch_norm
+            and resources.workers > 1
+            and not resources.gpus_per_worker
+        ):
+            problems.append(
+                f"{path}: arms.{arm}: train.sync_batch_norm: got true for resources.workers = "
+                f"{resources.workers} without GPUs, expected resources.gpus_per_worker > 0 or one "
+                f"worker; set train.sync_batch_norm=false"
             )
     return problems
 

@@ -65,6 +65,12 @@ def nan_on_the_second_worker(recipe, folder, rank):
     return error_of(lambda: trainer.step(0, [batch]))
 
 
+def synchronised_on_a_cpu(recipe, folder):
+    """Return this worker's error when batch normalisation is to be synchronised."""
+    train = dataclasses.replace(recipe.train, sync_batch_norm=True)
+    return error_of(lambda: fit(dataclasses.replace(recipe, train=train), output_dir=folder))
+
+
 def fails_on_the_first_worker():
     raise KNetError("no space")
 
@@ -96,6 +102,7 @@ def main(rank, world_size, folder):
         "gathered": gather_on_zero({"rank": rank}),
         "shared": on_rank_zero(lambda: f"from {rank}"),
         "shared_error": error_of(lambda: on_rank_zero(fails_on_the_first_worker)),
+        "synchronised": synchronised_on_a_cpu(recipe, folder / "synchronised"),
         "nan": nan_on_the_second_worker(recipe, folder, rank),
     }
     (folder / f"result{rank}.json").write_text(json.dumps(results))

@@ -16,10 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from knet_core import fit
+from knet_core import BackboneConfig, build_model, fit
 from knet_core.checkpoint_state import RECIPE_FILE, dump_recipe
-from knet_core.distributed import gather_on_zero, mean_over_ranks, on_rank_zero, rank, world_size
+from knet_core.data import Category
+from knet_core.distributed import (
+    gather_on_zero,
+    mean_over_ranks,
+    on_rank_zero,
+    rank,
+    sync_batch_norm,
+    world_size,
+)
 
 WORKER = Path(__file__).with_name("run_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -97,9 +106,40 @@ def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
     assert [worker["shared"] for worker in workers] == ["from 0"] * 2
     assert [worker["shared_error"] for worker in workers] == ["no space"] * 2
 
+    for worker in workers:
+        assert worker["synchronised"] == (
+            "train.sync_batch_norm: got true for 2 workers on CPUs, expected GPUs or one worker; "
+            "set train.sync_batch_norm=false"
+        )
+
     assert "the loss of images [2] of another worker is not finite" in workers[0]["nan"]
     assert "the loss is not finite; the images with ids [2]" in workers[1]["nan"]
     assert (tmp_path / "nonfinite_step1_rank1.pt").exists()
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnetv2_50"])  # plain, with activations
+@torch.no_grad()
+def test_synchronised_normalisation_has_the_same_weights_and_predictions(tiny_recipe, backbone):
+    torch.manual_seed(0)
+    switches = {"backbone": BackboneConfig(name=backbone, pretrained=False, frozen_stages=0)}
+    recipe = tiny_recipe(model=switches | {"task": "semantic"})
+    model = build_model(recipe, [Category(1, "one"), Category(2, "two")]).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected, before = model(images), {k: v.clone() for k, v in model.state_dict().items()}
+    names = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+    sync_batch_norm(model, torch.device("cpu"))  # one worker has nobody to wait for
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    synchronised = {n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)}
+    assert synchronised == names
+    assert len(names) > 5
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    found = model(images)
+    for ours, theirs in zip(found.stages, expected.stages, strict=True):
+        assert torch.equal(ours.masks, theirs.masks)
+        assert torch.equal(ours.kernels, theirs.kernels)
 
 
 def test_alone_a_process_is_the_first_worker_of_one():

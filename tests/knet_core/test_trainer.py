@@ -57,6 +57,21 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(make, batches, ti
     assert second.grad_norm == pytest.approx(first.grad_norm.item(), rel=1e-5)
 
 
+def test_one_worker_trains_the_same_with_synchronised_normalisation(make, batches, tiny_recipe):
+    backbone = dataclasses.replace(tiny_recipe().model.backbone, norm_eval=False)
+    plain, synchronised = (
+        make(tiny_recipe(model={"backbone": backbone}, sync_batch_norm=wanted))
+        for wanted in (False, True)
+    )
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synchronised.model.modules())
+    expected, found = plain.step(5, batches), synchronised.step(5, batches)
+    assert {name: value.item() for name, value in found.losses.items()} == {
+        name: value.item() for name, value in expected.losses.items()
+    }
+    before, after = parameters(plain), parameters(synchronised)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_gradients_are_clipped_to_the_stated_norm(make, batches, tiny_recipe, monkeypatch):
     trainer = make(tiny_recipe(optim={"clip_norm": 0.5}))
     norms = []

@@ -220,6 +220,16 @@ def test_each_mistake_has_its_line(sweep, changes, expected):
     assert any(expected in line for line in problems_of(sweep(**changes)))
 
 
+def test_normalisation_is_synchronised_between_gpus_only(sweep):
+    arms = {"arms": {"one": {"train.sync_batch_norm": True}, "three": {}}}
+    assert problems_of(sweep(**arms, resources={"workers": 2})) == [
+        "arms.one: train.sync_batch_norm: got true for resources.workers = 2 without GPUs, "
+        "expected resources.gpus_per_worker > 0 or one worker; set train.sync_batch_norm=false"
+    ]
+    for resources in ({"workers": 1}, {"workers": 2, "gpus_per_worker": 1}):
+        load_sweep(sweep(**arms, resources=resources))
+
+
 def test_fifo_is_accepted(sweep):
     assert load_sweep(sweep(scheduler="fifo")).trials == load_sweep(sweep()).trials
 

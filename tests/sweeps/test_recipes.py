@@ -11,6 +11,7 @@ from knet_core.data import Category
 from knet_platform.config import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "sweeps" / "recipes"
+LAPTOP = RECIPES.parent / "scales" / "laptop.yaml"
 
 # Total and trainable parameters, KNET_SPEC 9.5. The baselines are their K-Net models less three
 # updates of 4,403,968 (512 wide, updated in halves of 256).
@@ -134,6 +135,16 @@ def test_longer_schedules_decay_at_the_published_epochs():
     recipe = load("knet_r50_instance_ms3x")
     assert [at * recipe.train.epochs for at in recipe.optim.decay_at] == pytest.approx([27, 33])
     assert recipe.data.short_edge == (640, 800)
+
+
+@every_recipe
+def test_recipes_synchronise_batch_normalisation_where_it_was_published(name):
+    """The semantic ones; the others keep the backbone's stored statistics."""
+    recipe = load(name)
+    assert recipe.train.sync_batch_norm == (recipe.model.task == "semantic")
+    assert recipe.model.backbone.norm_eval != recipe.train.sync_batch_norm
+    laptop = load_recipe(RECIPES / f"{name}.yaml", scale=LAPTOP)
+    assert not laptop.train.sync_batch_norm
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(PARAMETERS) if "ade20k" in name])
