@@ -15,19 +15,18 @@ from knet_core.data.cityscapes import CityscapesSource
 from knet_core.data.coco import CocoSource
 from knet_core.data.coco_panoptic import CocoPanopticSource
 from knet_core.data.paths import Split, find_split
-from knet_core.data.photometric import draw_distortion
 from knet_core.data.semantic_folder import SemanticFolderSource
 from knet_core.data.shapes import ShapesSource
 from knet_core.data.source import Category, PanopticTruth, Source
 from knet_core.data.transforms import (
-    evaluation_geometry,
-    image_tensor,
-    mask_tensor,
-    training_geometry,
+    LabelMap,
+    Masks,
+    as_image,
+    evaluation_transforms,
+    training_transforms,
 )
 from knet_core.errors import ConfigError
 from knet_core.structures import (
-    IGNORE,
     Batch,
     ImageInfo,
     Instances,
@@ -83,8 +82,8 @@ class SegmentationDataset:
         self.task: Task = task
         self._source = source
         self._config = config
-        self._training = training
         self._seed = seed
+        self._transforms = (training_transforms if training else evaluation_transforms)(config)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -111,33 +110,37 @@ class SegmentationDataset:
         original = (record.height, record.width)
         labels, masks = self._objects(index, original)
         semantic = self._source.semantic(index)
-        distortion = None
-        if self._training:
-            rng = np.random.default_rng((self._seed, epoch, index))
-            geometry = training_geometry(original, self._config, rng, semantic)
-            distortion = draw_distortion(rng) if self._config.photometric else None
-        else:
-            geometry = evaluation_geometry(original, self._config)
-        resized = mask_tensor(masks, geometry)
+        with torch.random.fork_rng(devices=[]):
+            self._seed_generator(index, epoch)
+            image, resized, resized_labels = self._transforms(
+                as_image(self._source.image(index)),
+                Masks(torch.from_numpy(masks)),
+                None if semantic is None else LabelMap(torch.from_numpy(semantic[None])),
+            )
         visible = resized.flatten(1).any(dim=1).bool()  # of uint8, `any` is uint8
         everything = bool(visible.all())
-        targets = Targets(
-            labels=torch.from_numpy(labels) if everything else torch.from_numpy(labels)[visible],
-            masks=resized if everything else resized[visible],
-            semantic=None
-            if semantic is None
-            else mask_tensor(semantic[None], geometry, padding=IGNORE)[0],
-        )
+        height, width = image.shape[1:]
         return Sample(
-            image=image_tensor(self._source.image(index), geometry, distortion),
-            targets=targets,
+            image=image,
+            targets=Targets(
+                labels=torch.from_numpy(labels)
+                if everything
+                else torch.from_numpy(labels)[visible],
+                masks=resized if everything else resized[visible],
+                semantic=None if resized_labels is None else resized_labels[0],
+            ),
             info=ImageInfo(
                 image_id=record.id,
                 file_name=record.file_name,
-                input_size=geometry.final_size,
+                input_size=(height, width),
                 original_size=original,
             ),
         )
+
+    def _seed_generator(self, index: int, epoch: int) -> None:
+        """Seed torch's generator of the CPU, from which transforms draw; those of GPUs stay."""
+        state = np.random.SeedSequence((self._seed, epoch, index)).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(state[0]))
 
     def _objects(
         self, index: int, size: tuple[int, int]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from knet_core.config import DataConfig
 from knet_core.data.dataset import Sample, collate
 from knet_core.data.images import read_image
-from knet_core.data.transforms import evaluation_geometry, image_tensor
+from knet_core.data.transforms import as_image, evaluation_transforms
 from knet_core.structures import Batch, ImageInfo, Targets
 
 
@@ -20,17 +20,18 @@ def load_image(path: Path, config: DataConfig) -> tuple[NDArray[np.uint8], Batch
         DataError: The file is missing or cannot be decoded.
     """
     pixels = read_image(path)
-    geometry = evaluation_geometry(pixels.shape[:2], config)
+    image = evaluation_transforms(config)(as_image(pixels))
+    height, width = image.shape[1:]
     sample = Sample(
-        image=image_tensor(pixels, geometry),
+        image=image,
         targets=Targets(
             labels=torch.zeros(0, dtype=torch.int64),
-            masks=torch.zeros(0, *geometry.size, dtype=torch.uint8),
+            masks=torch.zeros(0, height, width, dtype=torch.uint8),
         ),
         info=ImageInfo(
             image_id=0,
             file_name=path.name,
-            input_size=geometry.size,
+            input_size=(height, width),
             original_size=pixels.shape[:2],
         ),
     )

@@ -1,9 +1,13 @@
 """Random brightness, contrast, saturation and hue, as published for ADE20K (spec 7)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 _SHIFT = 32
 _FACTOR = (0.5, 1.5)
@@ -28,20 +32,35 @@ class Distortion:
     """Turn of the colour circle in steps of 2 degrees."""
 
 
-def draw_distortion(rng: np.random.Generator) -> Distortion:
-    """Draw every change with probability one half."""
-    chosen = rng.random(4) < 0.5
-    brightness, contrast, saturation, hue = chosen.tolist()
-    shift, first, second, turn = (
-        float(rng.uniform(-_SHIFT, _SHIFT)),
-        float(rng.uniform(*_FACTOR)),
-        float(rng.uniform(*_FACTOR)),
-        int(rng.integers(-_HUE, _HUE)),
-    )
+class PhotometricDistortion(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Change the colours of images (3, H, W) uint8.
+
+    Torchvision's `RandomPhotometricDistort` is another: it scales the brightness, blends with grey
+    where this multiplies, and may swap channels.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw every change."""
+        return {"distortion": draw_distortion()}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Change the colours of an image as drawn; masks stay."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        distorted = distort(inpt.permute(1, 2, 0).numpy(), params["distortion"])
+        return tv_tensors.wrap(torch.from_numpy(distorted).permute(2, 0, 1), like=inpt)
+
+
+def draw_distortion() -> Distortion:
+    """Draw every change with probability one half, from torch's global generator."""
+    brightness, contrast, saturation, hue, contrast_first = (torch.rand(5) < 0.5).tolist()
+    limits = ((-_SHIFT, _SHIFT), _FACTOR, _FACTOR)
+    shift, first, second = (float(torch.empty(()).uniform_(*bounds)) for bounds in limits)
+    turn = int(torch.randint(-_HUE, _HUE, ()))
     return Distortion(
         brightness=shift if brightness else 0.0,
         contrast=first if contrast else 1.0,
-        contrast_first=bool(rng.random() < 0.5),
+        contrast_first=contrast_first,
         saturation=second if saturation else 1.0,
         hue=turn if hue else 0,
     )

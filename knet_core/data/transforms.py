@@ -1,96 +1,179 @@
-"""Geometry and normalisation of images and masks (K-Net's recipes, spec 1.1 and 7)."""
+"""Geometry and normalisation of images and masks as torchvision transforms (spec 1.1 and 7).
 
-from dataclasses import dataclass, replace
+What torchvision has is used as it is; what the published recipes add stands here and in
+`photometric`. Every draw comes from torch's global generator, as in torchvision: `dataset` seeds
+it for each sample (ADR 0008).
+"""
+
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from knet_core.config import DataConfig
-from knet_core.data.photometric import Distortion, distort
+from knet_core.data.photometric import PhotometricDistortion
 from knet_core.structures import IGNORE
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 """ImageNet's, RGB, for pixels of 0 to 255."""
 
+_BILINEAR = v2.InterpolationMode.BILINEAR
 _CROP_TRIES = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crop:
-    """A square cut out after resizing; where the image is smaller, it is padded."""
-
-    top: int
-    left: int
-    side: int
+class Masks(tv_tensors.Mask):  # type: ignore[misc]  # torchvision is untyped
+    """Masks (G, H, W) uint8, 0 or 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """What happens to one image and its masks alike."""
-
-    size: tuple[int, int]
-    """(height, width) after resizing."""
-    flip: bool
-    """Mirror left and right, after resizing and cropping, before padding."""
-    crop: Crop | None = None
-
-    @property
-    def final_size(self) -> tuple[int, int]:
-        """(height, width) in the end."""
-        return self.size if self.crop is None else (self.crop.side, self.crop.side)
+class LabelMap(Masks):
+    """The label of every pixel (1, H, W) uint8; `IGNORE` where nobody knows."""
 
 
-def training_geometry(
-    size: tuple[int, int],
-    config: DataConfig,
-    rng: np.random.Generator,
-    labels: NDArray[np.uint8] | None = None,
-) -> Geometry:
-    """Draw scale, flip and crop.
+@functional.register_kernel(functional.resize, Masks)  # type: ignore[untyped-decorator]
+def _resize(masks: Masks, size: list[int], **_: Any) -> Masks:
+    """Take the nearest pixel, floor(i * old / new), as OpenCV does.
+
+    Torchvision's kernel computes this place in float32, which is one off at some sizes, and takes
+    three times as long.
+    """
+    rows, columns = (
+        np.arange(new, dtype=np.int64) * old // new
+        for old, new in zip(masks.shape[1:], size, strict=True)
+    )
+    resized = masks.numpy().take(columns, axis=2).take(rows, axis=1)
+    wrapped: Masks = tv_tensors.wrap(torch.from_numpy(resized), like=masks)
+    return wrapped
+
+
+class FitEdges(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Resize to the largest size with the image's proportions that fits a short and a long edge.
+
+    Images are resized bilinearly between half-pixel centres, without antialiasing, as by OpenCV.
 
     Args:
-        size: (height, width) as stored.
-        config: The ranges.
-        rng: Decides everything.
-        labels: The stored label map (H0, W0), for the largest share of one class in a crop.
+        short_edge: Smallest and largest short edge in pixels, both drawn.
+        long_edge: Largest long edge in pixels.
+        scale_range: Both edges are scaled by one number drawn from it.
     """
-    short = int(rng.integers(*config.short_edge, endpoint=True))
-    flip = bool(rng.random() < config.flip)
-    ratio = float(rng.uniform(*config.scale_range))
-    # Both edges become whole numbers before the scale follows from them, as in mmseg.
-    resized = fitted_size(size, max(int(short * ratio), 1), max(int(config.long_edge * ratio), 1))
-    geometry = Geometry(size=resized, flip=flip)
-    if config.crop is None:
-        return geometry
-    crop = _draw_crop(resized, config.crop, rng)
-    if labels is not None and config.crop_max_share < 1:
-        whole = mask_tensor(labels[None], replace(geometry, flip=False))[0].numpy()
-        for _ in range(_CROP_TRIES):
-            if _is_varied(whole, crop, config.crop_max_share):
-                break
-            crop = _draw_crop(resized, config.crop, rng)
-    return replace(geometry, crop=crop)
+
+    def __init__(
+        self,
+        short_edge: tuple[int, int],
+        long_edge: int,
+        scale_range: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self._short_edge = short_edge
+        self._long_edge = long_edge
+        self._scale_range = scale_range
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size."""
+        low, high = self._short_edge
+        short = int(torch.randint(low, high + 1, ()))
+        ratio = float(torch.empty((), dtype=torch.float64).uniform_(*self._scale_range))
+        # Both edges become whole numbers before the scale follows from them, as in mmseg.
+        edges = (max(int(edge * ratio), 1) for edge in (short, self._long_edge))
+        height, width = functional.get_size(flat_inputs[0])
+        return {"size": fitted_size((height, width), *edges)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize to the drawn size."""
+        resized = functional.resize(inpt, params["size"], _BILINEAR, antialias=False)
+        # Decoders interleave channels; with planes, normalising takes an eighth of the time.
+        return tv_tensors.wrap(resized.contiguous(), like=inpt)
 
 
-def _draw_crop(size: tuple[int, int], side: int, rng: np.random.Generator) -> Crop:
-    top, left = (int(rng.integers(max(length - side, 0), endpoint=True)) for length in size)
-    return Crop(top=top, left=left, side=side)
+class VariedCrop(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Cut out a square; one that a single class fills is drawn again, up to ten times.
+
+    Where the image is smaller than the square, all of it is kept.
+
+    Args:
+        side: Of the square, in pixels.
+        max_share: One class must cover less of the crop's labelled pixels; 1 takes any crop.
+    """
+
+    def __init__(self, side: int, max_share: float) -> None:
+        super().__init__()
+        self._side = side
+        self._max_share = max_share
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the crop's top, left, height and width."""
+        size = functional.get_size(flat_inputs[0])
+        labels = next((found for found in flat_inputs if isinstance(found, LabelMap)), None)
+        crop = self._draw(size)
+        if labels is not None and self._max_share < 1:
+            for _ in range(_CROP_TRIES):
+                if self._is_varied(functional.crop(labels, **crop)):
+                    break
+                crop = self._draw(size)
+        return crop
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Cut out the drawn crop."""
+        return functional.crop(inpt, **params)
+
+    def _draw(self, size: list[int]) -> dict[str, int]:
+        height, width = (min(self._side, length) for length in size)
+        top, left = (int(torch.randint(max(length - self._side, 0) + 1, ())) for length in size)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def _is_varied(self, labels: Tensor) -> bool:
+        counts = np.bincount(labels.numpy().ravel(), minlength=IGNORE + 1)[:IGNORE]
+        return bool(counts.max() < self._max_share * counts.sum())
 
 
-def _is_varied(labels: NDArray[np.uint8], crop: Crop, share: float) -> bool:
-    """Tell whether no class covers `share` of a crop's labelled pixels, or more."""
-    part = labels[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-    counts = np.bincount(part.ravel(), minlength=IGNORE + 1)[:IGNORE]
-    return bool(counts.max() < share * counts.sum())
+class PadTo(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Pad to a square at the bottom and right: images and masks with 0, label maps with `IGNORE`.
+
+    Args:
+        side: Of the square, in pixels.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self._side = side
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Pad."""
+        height, width = functional.get_size(inpt)
+        if (height, width) == (self._side, self._side):
+            return inpt
+        missing = [0, 0, self._side - width, self._side - height]
+        return functional.pad(inpt, missing, fill=IGNORE if isinstance(inpt, LabelMap) else 0)
 
 
-def evaluation_geometry(size: tuple[int, int], config: DataConfig) -> Geometry:
-    """Resize to the upper end of `data.short_edge`; never flip."""
-    return Geometry(size=fitted_size(size, config.short_edge[1], config.long_edge), flip=False)
+def training_transforms(config: DataConfig) -> v2.Compose:
+    """Return what training does to an image and its masks, in the published order."""
+    steps: list[v2.Transform] = [FitEdges(config.short_edge, config.long_edge, config.scale_range)]
+    if config.crop is not None:
+        steps.append(VariedCrop(config.crop, config.crop_max_share))
+    steps.append(v2.RandomHorizontalFlip(config.flip))
+    if config.photometric:
+        steps.append(PhotometricDistortion())
+    steps += _normalisation()
+    if config.crop is not None:
+        steps.append(PadTo(config.crop))
+    return v2.Compose([*steps, v2.ToPureTensor()])
+
+
+def evaluation_transforms(config: DataConfig) -> v2.Compose:
+    """Return what evaluation does: resize to the upper end of `data.short_edge`, and normalise."""
+    largest = config.short_edge[1]
+    fit = FitEdges((largest, largest), config.long_edge)
+    return v2.Compose([fit, *_normalisation(), v2.ToPureTensor()])
+
+
+def _normalisation() -> list[v2.Transform]:
+    return [v2.ToDtype(torch.float32), v2.Normalize(MEAN, STD, inplace=True)]
 
 
 def fitted_size(size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
@@ -103,52 +186,6 @@ def fitted_size(size: tuple[int, int], short: int, long: int) -> tuple[int, int]
     return height, width
 
 
-def image_tensor(
-    pixels: NDArray[np.uint8], geometry: Geometry, distortion: Distortion | None = None
-) -> Tensor:
-    """Resize bilinearly (half-pixel centres, no antialiasing, as OpenCV does) and normalise.
-
-    Returns:
-        (3, height, width) float32 of `geometry.final_size`; padding is 0.
-    """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    if tuple(image.shape[1:]) != geometry.size:
-        image = F.interpolate(image[None], geometry.size, mode="bilinear", align_corners=False)[0]
-    if crop := geometry.crop:
-        image = image[:, crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-    if geometry.flip:
-        image = image.flip(-1)
-    if distortion is not None:
-        distorted = distort(image.permute(1, 2, 0).numpy(), distortion)
-        image = torch.from_numpy(distorted).permute(2, 0, 1)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return _padded((image.float() - mean) / std, geometry, 0).contiguous()
-
-
-def mask_tensor(masks: NDArray[np.uint8], geometry: Geometry, *, padding: int = 0) -> Tensor:
-    """Resize (G, H0, W0) by nearest neighbour, crop and flip.
-
-    Returns:
-        (G, height, width) uint8 of `geometry.final_size`; `padding` fills what a crop lacks.
-    """
-    rows, columns = (
-        _nearest(old, new) for old, new in zip(masks.shape[1:], geometry.size, strict=True)
-    )
-    if crop := geometry.crop:
-        rows = rows[crop.top : crop.top + crop.side]
-        columns = columns[crop.left : crop.left + crop.side]
-    if geometry.flip:
-        columns = columns[::-1]
-    resized = masks.take(columns, axis=2).take(rows, axis=1)
-    return _padded(torch.from_numpy(resized), geometry, padding)
-
-
-def _padded(maps: Tensor, geometry: Geometry, value: int) -> Tensor:
-    """Pad (K, height, width) at the bottom and right to the final size."""
-    missing = [new - old for new, old in zip(geometry.final_size, maps.shape[1:], strict=True)]
-    return F.pad(maps, (0, missing[1], 0, missing[0]), value=value) if any(missing) else maps
-
-
-def _nearest(old: int, new: int) -> NDArray[np.int64]:
-    """Return the source position of each of `new` pixels: floor(i * old / new), as OpenCV."""
-    return np.arange(new, dtype=np.int64) * old // new
+def as_image(pixels: NDArray[np.uint8]) -> tv_tensors.Image:
+    """Return pixels (H, W, 3) RGB as an image (3, H, W), sharing memory."""
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))

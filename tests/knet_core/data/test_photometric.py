@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from knet_core.data.photometric import Distortion, distort, draw_distortion
 
@@ -61,8 +62,9 @@ def test_no_change_is_the_image_itself() -> None:
 
 
 def test_every_change_is_drawn_half_of_the_time_within_its_range() -> None:
-    rng = np.random.default_rng(1)
-    drawn = [draw_distortion(rng) for _ in range(4000)]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        drawn = [draw_distortion() for _ in range(4000)]
     neutral = Distortion()
     for field in dataclasses.fields(Distortion):
         changed = [getattr(d, field.name) != getattr(neutral, field.name) for d in drawn]
