@@ -26,7 +26,7 @@ from knet_core.config import Recipe
 from knet_core.data import SegmentationDataset, build_dataset, train_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
 from knet_core.errors import CheckpointError
-from knet_core.evaluation import evaluate, measure_fps
+from knet_core.evaluation import evaluate, measure_fps, stage_picture
 from knet_core.meter import Meter
 from knet_core.models.knet import build_model
 from knet_core.progress import Callback, FitResult, Point, Report
@@ -210,6 +210,7 @@ class _Run:
                 evaluation=self._evaluations[-1].metrics if evaluates else None,
                 picture=picture,
                 checkpoint=checkpoint if rank() == 0 else None,
+                stage_picture=self._stage_picture() if evaluates else None,
             )
             self._points.clear()
             for callback in self._callbacks:
@@ -237,6 +238,14 @@ class _Run:
         self._evaluations.append(Point(step=self._step, time=time.time(), metrics=metrics))
         self._metrics = {**metrics, "train/loss": self._metrics["train/loss"]}
         return picture
+
+    def _stage_picture(self) -> bytes | None:
+        """Draw every update's masks once, when training is over."""
+        last = self._step == self._schedule.num_iterations
+        count, model = self._recipe.eval.probe_images, self._trainer.model
+        if rank() != 0 or not last or not count or not model.updates:
+            return None
+        return stage_picture(model, self._val_set, count, device=self._device)
 
     def _save(self) -> Path:
         directory = self._output_dir / checkpoint_name(self._step)

@@ -150,6 +150,27 @@ def _picture(
     return contact_sheet(cells, columns=2)
 
 
+@torch.no_grad()
+def stage_picture(
+    model: KNet, dataset: SegmentationDataset, num_images: int, *, device: torch.device
+) -> bytes:
+    """Return a PNG of how masks come about, one image a row.
+
+    From left to right: ground truth, the static kernels' masks, those after every update; images
+    are seen once and whole.
+    """
+    was_training = model.training
+    model.eval()
+    cells = []
+    for index in range(min(num_images, len(dataset))):
+        batch = collate([dataset.load(index, epoch=0)]).to(device)
+        stages = [found[0] for found in predict_stages(model, batch.images, batch.infos)]
+        for prediction in (dataset.truth(index), *stages):
+            cells.append(draw(dataset.raw_image(index), prediction, dataset.categories))
+    model.train(was_training)
+    return contact_sheet(cells, columns=len(model.updates) + 2)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -36,6 +36,8 @@ class Report:
     """PNG of probe images, ground truth beside prediction; first worker, with an evaluation."""
     checkpoint: Path | None
     """Complete local directory `checkpoint_<step>`; first worker only."""
+    stage_picture: bytes | None = None
+    """PNG of the same images with the masks after every update; first worker, last evaluation."""
 
 
 class Callback(Protocol):

@@ -77,6 +77,8 @@ class RayReporter:
         if report.picture is not None:
             metrics["picture"] = picture_name(report.step)
             self._store.write_bytes(metrics["picture"], report.picture)
+        if report.stage_picture is not None:
+            self._store.write_bytes(stage_picture_name(report.step), report.stage_picture)
         name, checkpoint = None, None
         # A finished run reports its last checkpoint again. Ray Train must not count it twice:
         # keeping the newest two, it would then delete the one that counts.
@@ -89,6 +91,11 @@ class RayReporter:
 def picture_name(step: int) -> str:
     """Return where a trial's probe picture of `step` lies below its folder."""
     return f"{PICTURES}/step_{step:06d}.png"
+
+
+def stage_picture_name(step: int) -> str:
+    """Return where the masks after every update lie below a trial's folder."""
+    return f"{PICTURES}/stages_{step:06d}.png"
 
 
 def _keep_dumps(message: str, scratch: Path, store: TrialStore) -> str:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the report's files and print the table."""
     from knet_platform.cli.output import result_console
-    from knet_platform.report import FORMATS, build_report, terminal, write_report
+    from knet_platform.report import FORMATS, Terminal, build_report, write_report
     from knet_platform.storage import Store
 
     sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
     if shape:
         sys.stdout.write(FORMATS[shape](report))
     else:
-        result_console().print(terminal(report))
+        result_console().print(Terminal(report))
         print(f"page: {written['html']}")
     return 0

@@ -92,9 +92,9 @@ def _require_space(home: Path, store: Store) -> None:
 
 def _show(outcome: "SweepOutcome", tracker: "BackgroundTracker") -> None:
     from knet_platform.cli.output import result_console
-    from knet_platform.report import terminal
+    from knet_platform.report import Terminal
 
-    result_console().print(terminal(outcome.report))
+    result_console().print(Terminal(outcome.report))
     for trial, reason in outcome.failed:
         print(f"failed: {trial.name}: {reason}")
     print(f"page: {outcome.files['html']}")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from knet_core import CHECK_ERRORS, CHECK_WARNINGS, CheckReport
-from knet_platform.report.page import PALETTE
+from knet_platform.report.charts import PALETTE
 
 _CONFIG = {"displaylogo": False, "responsive": True}
 _MOST_ROWS = 200

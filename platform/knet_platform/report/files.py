@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 
 from knet_platform.errors import StorageError
+from knet_platform.report.data_files import csv_text, json_text
 from knet_platform.report.page import html
-from knet_platform.report.render import FORMATS
+from knet_platform.report.render import latex, markdown
 from knet_platform.report.table import Report
+
+FORMATS = {"md": markdown, "latex": latex, "csv": csv_text, "json": json_text}
 
 
 def write_report(report: Report, directory: Path) -> dict[str, Path]:

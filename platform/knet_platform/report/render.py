@@ -1,26 +1,42 @@
-"""The table in the forms people read: terminal, Markdown, LaTeX, CSV, JSON and the HTML page.
+"""The tables as text: terminal, Markdown and LaTeX, for people.
 
-The terminal, Markdown and LaTeX share one grid of strings, so that they cannot disagree.
+All three share one grid of strings, so that they cannot disagree.
 """
 
-import csv
-import dataclasses
-import io
-import json
 import re
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
-from rich.console import Group
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from knet_platform.report.table import Cell, Column, Report, Row
+from knet_platform.report.table import Cell, Column, Report, Row, Table
 
 NOTHING = "-"
+ONE_SEED = "one seed"
 TERMINAL_WIDTH = 100
 MIN_ARM_WIDTH = 14
 """Columns an arm's name keeps however many metrics there are."""
+_GAP = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strip:
+    """One column of a printed table."""
+
+    heading: str
+    texts: list[str]
+    """One for each row."""
+    rank: int = 0
+    """A terminal too narrow for all shows those of low rank; 0 is always shown."""
+
+    @property
+    def width(self) -> int:
+        """Characters of the longest text."""
+        return max(map(len, (self.heading, *self.texts)))
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
@@ -31,176 +47,231 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
     return f"{rounded:{'+' if sign else ''}.{digits}f}"
 
 
-def estimate(cell: Cell, digits: int) -> str:
-    """Return `mean ± half-width`, the mean alone for one seed, or a dash."""
-    if cell.ci95 is None:
-        return number(cell.mean, digits)
-    return f"{number(cell.mean, digits)} ± {number(cell.ci95, digits)}"
+def estimate(mean: float | None, ci95: float | None, digits: int, *, sign: bool = False) -> str:
+    """Return `mean ± half-width`, the mean alone where there is no interval, or a dash."""
+    text = number(mean, digits, sign=sign)
+    return text if ci95 is None else f"{text} ± {number(ci95, digits)}"
+
+
+def value(cell: Cell, digits: int) -> str:
+    """Return a cell's mean with its interval, or with the words that say why it has none."""
+    text = estimate(cell.mean, cell.ci95, digits)
+    return f"{text} ({ONE_SEED})" if cell.n == 1 else text
+
+
+def delta(cell: Cell, digits: int) -> str:
+    """Return a cell's difference to the baseline with its interval."""
+    ours = cell.difference
+    return estimate(ours.mean, ours.ci95, digits, sign=True) if ours else NOTHING
+
+
+def p_value(cell: Cell) -> str:
+    """Return the p of a cell's difference to the baseline."""
+    p = cell.difference.p if cell.difference else None
+    if p is None:
+        return NOTHING
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def seeds(row: Row, cell: Cell) -> str:
-    """Return `n=3`, or `n=2 of 3` where seeds are missing."""
+    """Return how many seeds measured a cell: `3`, or `2 of 3` where some are missing."""
     planned = len(row.trials)
-    return f"n={cell.n}" if cell.n == planned else f"n={cell.n} of {planned}"
+    return str(cell.n) if cell.n == planned else f"{cell.n} of {planned}"
 
 
-def grid(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and one list of strings per arm.
+def grid(report: Report, table: Table) -> list[Strip]:
+    """Return a table's columns.
 
-    The sweep's metric comes with its interval, seeds and differences; every other column with its
-    mean and the paper's value, so that the table fits a terminal. The page, CSV and JSON have all.
+    The sweep's metric comes with its interval, seeds and differences; every other metric with its
+    mean and the paper's value. The page, CSV and JSON have all of all.
     """
-    headings = [report.axis]
-    table = [[f"{row.arm} (baseline)" if row.is_baseline else row.arm] for row in report.rows]
+    rows = table.rows
+    names = [f"{row.arm} (baseline)" if row.is_baseline else row.arm for row in rows]
+    strips = [Strip(heading=report.axis, texts=names)]
     for position, column in enumerate(report.columns):
-        first = position == 0
-        headings += [column.heading, *(("seeds", "Δ base") if first else ())]
-        if column.in_paper:
-            headings += ["paper", *(("Δ paper",) if first else ())]
-        for row, strings in zip(report.rows, table, strict=True):
-            strings += _grid_cells(row, row.cells[position], column, full=first)
-    return headings, table
+        cells = [row.cells[position] for row in rows]
+        if position == 0:
+            strips += _main_strips(rows, cells, column)
+        else:
+            strips += _companion_strips(cells, column)
+    for heading, totals in (
+        ("GPU h", [row.gpu_hours for row in rows]),
+        ("USD", [row.usd for row in rows]),
+    ):
+        if any(totals):
+            texts = [number(total, 2) for total in totals]
+            strips.append(Strip(heading=heading, texts=texts, rank=1))
+    return [*strips, Strip(heading="status", texts=[row.status for row in rows])]
 
 
-def _grid_cells(row: Row, cell: Cell, column: Column, *, full: bool) -> list[str]:
+def _main_strips(rows: Sequence[Row], cells: Sequence[Cell], column: Column) -> list[Strip]:
     digits = column.digits
-    strings = [estimate(cell, digits) if full else number(cell.mean, digits)]
-    if full:
-        strings += [seeds(row, cell), number(cell.delta_baseline, digits, sign=True)]
+    strips = [
+        Strip(heading=column.heading, texts=[value(cell, digits) for cell in cells]),
+        Strip(heading="seeds", texts=[seeds(*pair) for pair in zip(rows, cells, strict=True)]),
+        Strip(heading="Δ base", texts=[delta(cell, digits) for cell in cells]),
+        Strip(heading="p", texts=[p_value(cell) for cell in cells], rank=3),
+    ]
+    if not column.in_paper:
+        return strips
+    to_paper = [number(cell.delta_paper, digits, sign=True) for cell in cells]
+    of_deltas = [number(cell.delta_of_deltas, digits, sign=True) for cell in cells]
+    return [
+        *strips,
+        Strip(heading="paper", texts=[number(cell.paper, digits) for cell in cells]),
+        Strip(heading="Δ paper", texts=to_paper, rank=4),
+        Strip(heading="ΔΔ", texts=of_deltas),
+        Strip(heading="trend", texts=[cell.trend or NOTHING for cell in cells]),
+    ]
+
+
+def _companion_strips(cells: Sequence[Cell], column: Column) -> list[Strip]:
+    strips = [(column.heading, [number(cell.mean, column.digits) for cell in cells], 2)]
     if column.in_paper:
-        strings.append(number(cell.paper, digits))
-        if full:
-            strings.append(number(cell.delta_paper, digits, sign=True))
-    return strings
+        strips.append(("paper", [number(cell.paper, column.digits) for cell in cells], 4))
+    return [Strip(heading=heading, texts=texts, rank=rank) for heading, texts, rank in strips]
 
 
 def notes(report: Report) -> list[str]:
-    """Return what must be known to read the table, one sentence or trial per line."""
+    """Return what must be known to read the tables, one sentence or trial per line."""
     lines = [f"ours: {report.data}; {report.training}; {report.hardware}"]
     if report.paper_source:
         lines.append(f"paper: {report.paper_source}")
-    lines.append("±: half-width of the 95 % confidence interval over seeds (Student's t)")
+    lines += method(report)
     lines += [f"missing: {names}: {detail}" for names, detail in missing(report)]
     return lines
 
 
+def method(report: Report) -> list[str]:
+    """Return how the numbers were made."""
+    lines = [
+        "±: half-width of the 95 % confidence interval over seeds (Student's t)",
+        "Δ base: mean difference to the baseline on shared seeds; ± and p: paired t-test, "
+        "not corrected for the number of arms",
+    ]
+    if any(column.in_paper for column in report.columns):
+        lines.append(
+            "ΔΔ: Δ base minus the paper's; trend: whether the interval of Δ base lies on the "
+            "paper's side of zero (holds), on the other (contradicts) or around it (unclear)"
+        )
+    return lines
+
+
 def missing(report: Report) -> list[tuple[str, str]]:
-    """Return the unfinished trials, those with the same fate together, as (names, fate)."""
+    """Return the trials without a value, those with the same fate together, as (names, fate)."""
     fates: dict[str, list[str]] = {}
-    for row, line in report.unfinished:
-        fates.setdefault(line.detail, []).append(f"{row.arm}/{line.seed}")
+    for line in report.unfinished:
+        fates.setdefault(line.detail, []).append(f"{line.arm}/{line.seed}")
     return [(", ".join(names), detail) for detail, names in fates.items()]
 
 
-def terminal(report: Report) -> Group:
-    """Return a rich renderable. Long arm names fold towards 100 columns; numbers are never cut."""
-    headings, rows = grid(report)
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    gaps = 2 * (len(widths) - 1)
-    widths[0] = min(widths[0], max(MIN_ARM_WIDTH, TERMINAL_WIDTH - sum(widths[1:]) - gaps))
-    table = Table(
-        title=Text(_title(report), style="bold"),
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """The tables for a rich console: as many columns as fit its width, and the others named.
+
+    Long arm names fold; numbers are never cut.
+    """
+
+    report: Report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield each table, then the notes."""
+        width = max(options.max_width, TERMINAL_WIDTH)
+        for table in self.report.tables:
+            heading = table.reason or _title(self.report)
+            yield from _terminal_table(self.report, table, heading, width)
+            yield Text()
+        for line in notes(self.report):
+            yield Text(line, style="dim")
+
+
+def _terminal_table(report: Report, table: Table, heading: str, width: int) -> RenderResult:
+    strips, left_out = _fitting(grid(report, table), width)
+    others = sum(strip.width + _GAP for strip in strips[1:])
+    arm_width = min(strips[0].width, max(MIN_ARM_WIDTH, width - others))
+    printed = RichTable(
+        title=Text(heading, style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        width=sum(widths) + gaps,  # rich would shorten numbers to fit a narrow terminal
+        width=arm_width + others,  # rich would shorten numbers to fit a narrow terminal
     )
-    for position, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+    for position, strip in enumerate(strips):
         justify: Literal["left", "right"] = "right" if position else "left"
-        table.add_column(Text(heading), justify=justify, width=width, overflow="fold")
-    for row, strings in zip(report.rows, rows, strict=True):
+        wide = strip.width if position else arm_width
+        printed.add_column(Text(strip.heading), justify=justify, width=wide, overflow="fold")
+    for row, texts in zip(table.rows, zip(*(s.texts for s in strips), strict=True), strict=True):
         style = "bold" if row.is_baseline else None
-        table.add_row(*(Text(string) for string in strings), style=style)
-    return Group(table, Text(), *(Text(line, style="dim") for line in notes(report)))
+        printed.add_row(*(Text(text) for text in texts), style=style)
+    yield printed
+    if left_out:
+        yield Text(f"more columns on the page: {', '.join(left_out)}", style="dim")
+
+
+def _fitting(strips: list[Strip], width: int) -> tuple[list[Strip], list[str]]:
+    """Return the columns of a terminal this wide, by rank, and the headings of the others."""
+    free = width - min(strips[0].width, MIN_ARM_WIDTH)
+    free -= sum(strip.width + _GAP for strip in strips[1:] if strip.rank == 0)
+    left_out = set()
+    for position in sorted(range(len(strips)), key=lambda position: strips[position].rank):
+        strip = strips[position]
+        if strip.rank == 0:
+            continue
+        if strip.width + _GAP <= free:
+            free -= strip.width + _GAP
+        else:
+            left_out.add(position)
+    kept = [strip for position, strip in enumerate(strips) if position not in left_out]
+    return kept, list(dict.fromkeys(strips[position].heading for position in sorted(left_out)))
 
 
 def markdown(report: Report) -> str:
-    """Return a padded Markdown table, as readable raw as rendered."""
-    headings, rows = grid(report)
-    cells = [[_markdown_escape(text) for text in line] for line in (headings, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    """Return padded Markdown tables, as readable raw as rendered."""
+    lines = [f"### {_markdown_escape(_title(report))}", ""]
+    for table in report.tables:
+        if table.reason:
+            lines += [f"#### {_markdown_escape(table.reason)}", ""]
+        lines += [*_markdown_table(grid(report, table)), ""]
+    return "\n".join([*lines, *(f"- {_markdown_escape(note)}" for note in notes(report)), ""])
 
-    def line(texts: list[str]) -> str:
-        padded = [
-            text.ljust(width) if position == 0 else text.rjust(width)
-            for position, (text, width) in enumerate(zip(texts, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
 
-    rule = "|".join(
-        ":" + "-" * (width + 1) if position == 0 else "-" * (width + 1) + ":"
-        for position, width in enumerate(widths)
-    )
-    body = [line(cells[0]), f"|{rule}|", *(line(texts) for texts in cells[1:])]
-    remarks = [f"- {_markdown_escape(note)}" for note in notes(report)]
-    return "\n".join([f"### {_markdown_escape(_title(report))}", "", *body, "", *remarks, ""])
+def _markdown_table(strips: Sequence[Strip]) -> list[str]:
+    columns = []
+    for position, strip in enumerate(strips):
+        texts = [_markdown_escape(text) for text in (strip.heading, *strip.texts)]
+        width = max(3, *map(len, texts))
+        padded = [text.rjust(width) if position else text.ljust(width) for text in texts]
+        rule = "-" * (width - 1) + ":" if position else ":" + "-" * (width - 1)
+        columns.append([padded[0], rule, *padded[1:]])
+    return [f"| {' | '.join(cells)} |" for cells in zip(*columns, strict=True)]
 
 
 def latex(report: Report) -> str:
-    """Return a `tabular` for the booktabs package."""
-    headings, rows = grid(report)
-    body = [
-        r"\textbf{" + texts[0] + "} & " + " & ".join(texts[1:])
-        if row.is_baseline
-        else " & ".join(texts)
-        for row, texts in zip(report.rows, map(_latex_cells, rows), strict=True)
+    """Return `tabular` environments for the booktabs package."""
+    comments = [r"\usepackage{booktabs}", _title(report), *notes(report)]
+    lines = [f"% {comment}" for comment in comments]
+    for table in report.tables:
+        lines += ["", f"% {table.reason}"] if table.reason else []
+        lines += _latex_table(grid(report, table), [row.is_baseline for row in table.rows])
+    return "\n".join([*lines, ""])
+
+
+def _latex_table(strips: Sequence[Strip], bold: Sequence[bool]) -> list[str]:
+    body = []
+    for is_bold, texts in zip(bold, zip(*(s.texts for s in strips), strict=True), strict=True):
+        first, *others = map(_latex_escape, texts)
+        body.append(" & ".join([rf"\textbf{{{first}}}" if is_bold else first, *others]) + r" \\")
+    return [
+        rf"\begin{{tabular}}{{l{'r' * (len(strips) - 1)}}}",
+        r"\toprule",
+        " & ".join(_latex_escape(strip.heading) for strip in strips) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
     ]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            *(f"% {note}" for note in (_title(report), *notes(report))),
-            rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-            r"\toprule",
-            " & ".join(_latex_cells(headings)) + r" \\",
-            r"\midrule",
-            *(rf"{text} \\" for text in body),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def csv_text(report: Report) -> str:
-    """Return one line per arm and metric, at full precision."""
-    fields = [field.name for field in dataclasses.fields(Cell)]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["arm", "baseline", "metric", "heading", *fields, "seeds", "missing"])
-    for row in report.rows:
-        lacking = "; ".join(
-            f"{line.seed}: {line.detail}" for line in row.trials if line.status != "finished"
-        )
-        for column, cell in zip(report.columns, row.cells, strict=True):
-            writer.writerow(
-                [
-                    row.arm,
-                    str(row.is_baseline).lower(),
-                    column.metric,
-                    column.heading,
-                    *(getattr(cell, name) for name in fields),
-                    len(row.trials),
-                    lacking,
-                ]
-            )
-    return out.getvalue()
-
-
-def json_text(report: Report) -> str:
-    """Return everything but the pictures; docs/design/report.md describes the fields."""
-    values: dict[str, Any] = {"format": 1, **dataclasses.asdict(report)}
-    for row in values["rows"]:
-        picture = row.pop("picture")
-        row["picture"] = picture and {"seed": picture["seed"], "step": picture["step"]}
-        row["cells"] = {
-            column.metric: cell for column, cell in zip(report.columns, row["cells"], strict=True)
-        }
-    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-FORMATS = {"md": markdown, "latex": latex, "csv": csv_text, "json": json_text}
 
 
 def _title(report: Report) -> str:
@@ -209,7 +280,7 @@ def _title(report: Report) -> str:
 
 
 def _markdown_escape(text: str) -> str:
-    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text).replace("\n", " ")
+    return re.sub(r"([\\|`*_<>\[\]~$&#])", r"\\\1", text).replace("\n", " ")
 
 
 _LATEX = {
@@ -226,10 +297,7 @@ _LATEX = {
 }
 
 
-def _latex_cells(texts: list[str]) -> list[str]:
-    return [
-        f"${text}$"  # a minus, not a hyphen
-        if re.fullmatch(r"[+-][\d.]+", text)
-        else "".join(_LATEX.get(char, char) for char in text)
-        for text in texts
-    ]
+def _latex_escape(text: str) -> str:
+    if re.fullmatch(r"[+-][\d.]+( ± [\d.]+)?", text):  # a minus, not a hyphen
+        return f"${text.replace('±', chr(92) + 'pm')}$"
+    return "".join(_LATEX.get(char, char) for char in text)

@@ -4,23 +4,20 @@ Values are in the units a paper prints (`knet_platform.metrics`: AP and its kin 
 they subtract from the paper's; `TrialLine.metrics` keeps what was measured, unscaled.
 """
 
-import math
-import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from scipy.special import stdtrit
-
 from knet_platform.metrics import MetricInfo, find_metric
 from knet_platform.planning import Sweep, Trial
-from knet_platform.storage import Store, TrialStore
+from knet_platform.report.differences import Differences, differences
+from knet_platform.report.pictures import Sheet, contact_sheets
+from knet_platform.report.statistics import Difference, Trend, difference, mean_and_ci, trend
+from knet_platform.report.trials import TrialLine, read_trials
+from knet_platform.storage import Store
 
 COMPANIONS = ("val/AP50", "val/AP75", "bench/fps")
 """Shown beside a sweep's metric, where measured, when no paper says which columns to show."""
-
-_PICTURE = re.compile(r"step_(\d+)\.png")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,45 +40,28 @@ class Cell:
     mean: float | None
     ci95: float | None
     """Half-width of the 95 % confidence interval of the mean, Student's t; None below 2 seeds."""
-    delta_baseline: float | None
+    difference: Difference | None
+    """To the baseline, on shared seeds; None for the baseline itself."""
     paper: float | None
-    delta_paper: float | None
-    """Own mean minus the paper's value."""
+    paper_difference: float | None
+    """The paper's value minus its value of the baseline."""
 
+    @property
+    def delta_paper(self) -> float | None:
+        """Own mean minus the paper's value."""
+        return None if self.mean is None or self.paper is None else self.mean - self.paper
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurvePoint:
-    """The sweep's metric at one evaluation, in display units."""
+    @property
+    def delta_of_deltas(self) -> float | None:
+        """Own difference to the baseline minus the paper's."""
+        if self.difference is None or self.paper_difference is None:
+            return None
+        return self.difference.mean - self.paper_difference
 
-    step: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialLine:
-    """What became of one seed of an arm."""
-
-    seed: int
-    trial_hash: str
-    status: str
-    """finished, partial, failed or new."""
-    detail: str
-    """The status in words, with the reason of a failure."""
-    metrics: Mapping[str, float]
-    """Final metrics as measured (AP in 0..1); empty unless finished."""
-    curve: tuple[CurvePoint, ...]
-    checkpoint: str | None
-    seconds: float | None
-    """Seconds of training, over all attempts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """The newest probe picture of an arm: predicted masks over validation images."""
-
-    seed: int
-    step: int
-    png: bytes
+    @property
+    def trend(self) -> Trend | None:
+        """Whether the paper's difference to the baseline shows in ours."""
+        return trend(self.difference, self.paper_difference)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +73,29 @@ class Row:
     cells: tuple[Cell, ...]
     """One for each of `Report.columns`."""
     trials: tuple[TrialLine, ...]
-    picture: Picture | None
+    gpu_hours: float | None
+    """Of all its finished trials together; None before the first."""
+    usd: float | None
+    """Likewise; None where no price is known."""
+
+    @property
+    def status(self) -> str:
+        """What is true of all trials, else the worst: unreadable, failed, partial or new."""
+        found = {line.status for line in self.trials}
+        if len(found) == 1:
+            return found.pop()
+        worst = next((status for status in ("unreadable", "failed") if status in found), None)
+        return worst or "partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Arms that were measured on the same data by the same code, and so may be compared."""
+
+    reason: str
+    """Why these rows stand apart from the baseline's; empty for the baseline's own table."""
+    rows: tuple[Row, ...]
+    """In the sweep's order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +109,10 @@ class Report:
     baseline: str
     columns: tuple[Column, ...]
     """The sweep's own metric first."""
-    rows: tuple[Row, ...]
-    """In the sweep's order."""
+    tables: tuple[Table, ...]
+    """The baseline's first, with every trial that is not known to stand apart."""
+    differences: Differences
+    sheets: tuple[Sheet, ...]
     paper_source: str | None
     scale: str | None
     data: str
@@ -118,79 +122,46 @@ class Report:
     """ISO 8601, UTC."""
 
     @property
-    def unfinished(self) -> tuple[tuple[Row, TrialLine], ...]:
-        """Trials whose numbers the table lacks."""
-        return tuple(
-            (row, line) for row in self.rows for line in row.trials if line.status != "finished"
-        )
+    def rows(self) -> tuple[Row, ...]:
+        """Rows of all tables."""
+        return tuple(row for table in self.tables for row in table.rows)
 
+    @property
+    def trials(self) -> tuple[TrialLine, ...]:
+        """Trials of all tables."""
+        return tuple(line for row in self.rows for line in row.trials)
 
-def mean_and_ci(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the mean and the half-width of its 95 % confidence interval.
-
-    Student's t with n - 1 degrees of freedom: t(0.975, n - 1) * s / sqrt(n). One value has no
-    interval, no value no mean.
-    """
-    if not values:
-        return None, None
-    mean = statistics.fmean(values)
-    n = len(values)
-    if n == 1:
-        return mean, None
-    quantile = float(stdtrit(n - 1, 0.975))
-    return mean, quantile * statistics.stdev(values, mean) / math.sqrt(n)
+    @property
+    def unfinished(self) -> tuple[TrialLine, ...]:
+        """Trials whose numbers the tables lack."""
+        metric = self.columns[0].metric
+        return tuple(line for line in self.trials if metric not in line.metrics)
 
 
 def build_report(sweep: Sweep, store: Store, *, scale: str | None = None) -> Report:
-    """Read every trial's result from the store and put the table together.
+    """Read every trial's result from the store and put the tables together.
 
     Args:
         sweep: Arms, seeds and the paper's numbers.
         store: Where trials left their results; only read.
         scale: Name of the scale the sweep was loaded with, for the heading.
     """
-    arms = {arm: [trial for trial in sweep.trials if trial.arm == arm] for arm in sweep.arms}
-    stores = {trial.hash: store.trial(trial.hash) for trial in sweep.trials}
-    lines = {
-        arm: tuple(_line(trial, stores[trial.hash], sweep.metric.name) for trial in trials)
-        for arm, trials in arms.items()
-    }
-    measured = {name for group in lines.values() for line in group for name in line.metrics}
-    columns = _columns(sweep, measured)
-    means = {
-        (arm, column.metric): mean_and_ci(_values(lines[arm], column.metric))[0]
-        for arm in sweep.arms
-        for column in columns
-    }
-    rows = tuple(
-        Row(
-            arm=arm,
-            is_baseline=arm == sweep.baseline,
-            cells=tuple(
-                _cell(
-                    _values(lines[arm], column.metric),
-                    None if arm == sweep.baseline else means.get((sweep.baseline, column.metric)),
-                    _paper_value(sweep, arm, column.metric),
-                )
-                for column in columns
-            ),
-            trials=lines[arm],
-            picture=_newest_picture(arms[arm], stores),
-        )
-        for arm in sweep.arms
-    )
+    lines = read_trials(sweep, store)
+    columns = _columns(sweep, {name for line in lines for name in line.metrics})
     return Report(
         sweep=sweep.name,
         title=sweep.title,
         axis=_axis(sweep),
         baseline=sweep.baseline,
         columns=columns,
-        rows=rows,
+        tables=_tables(sweep, lines, columns),
+        differences=differences(sweep),
+        sheets=contact_sheets(sweep, store),
         paper_source=sweep.paper.source if sweep.paper else None,
         scale=scale,
         data=_data(sweep.trials[0]),
         training=_training(sweep),
-        hardware=_hardware(stores.values()),
+        hardware=_hardware(lines),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -216,76 +187,80 @@ def _info(metric: str) -> MetricInfo:
     return info
 
 
-def _values(lines: Sequence[TrialLine], metric: str) -> list[float]:
-    scale = _info(metric).scale
-    return [line.metrics[metric] * scale for line in lines if metric in line.metrics]
+def _tables(
+    sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]
+) -> tuple[Table, ...]:
+    return (Table(reason="", rows=_rows(sweep, lines, columns)),)
 
 
-def _cell(values: Sequence[float], baseline: float | None, paper: float | None) -> Cell:
-    mean, ci95 = mean_and_ci(values)
+def _rows(sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]) -> tuple[Row, ...]:
+    """Return one row for each arm that has trials among `lines`."""
+    values = {
+        (arm, column.metric): {
+            line.seed: line.metrics[column.metric] * _info(column.metric).scale
+            for line in lines
+            if line.arm == arm and column.metric in line.metrics
+        }
+        for arm in sweep.arms
+        for column in columns
+    }
+    rows = []
+    for arm in sweep.arms:
+        trials = tuple(line for line in lines if line.arm == arm)
+        if not trials:
+            continue
+        is_baseline = arm == sweep.baseline
+        cells = tuple(
+            _cell(
+                values[arm, column.metric],
+                {} if is_baseline else values[sweep.baseline, column.metric],
+                _paper_value(sweep, arm, column.metric),
+                None if is_baseline else _paper_value(sweep, sweep.baseline, column.metric),
+            )
+            for column in columns
+        )
+        rows.append(
+            Row(
+                arm=arm,
+                is_baseline=is_baseline,
+                cells=cells,
+                trials=trials,
+                gpu_hours=_total(trials, "sys/gpu_hours"),
+                usd=_total(trials, "cost/usd"),
+            )
+        )
+    return tuple(rows)
 
-    def minus(reference: float | None) -> float | None:
-        return None if mean is None or reference is None else mean - reference
 
+def _cell(
+    ours: Mapping[int, float],
+    baseline: Mapping[int, float],
+    paper: float | None,
+    paper_baseline: float | None,
+) -> Cell:
+    mean, ci95 = mean_and_ci([ours[seed] for seed in sorted(ours)])
+    paper_difference = None
+    if paper is not None and paper_baseline is not None:
+        paper_difference = paper - paper_baseline
     return Cell(
-        n=len(values),
+        n=len(ours),
         mean=mean,
         ci95=ci95,
-        delta_baseline=minus(baseline),
+        difference=difference(ours, baseline),
         paper=paper,
-        delta_paper=minus(paper),
+        paper_difference=paper_difference,
     )
+
+
+def _total(trials: Iterable[TrialLine], metric: str) -> float | None:
+    found = [line.metrics[metric] for line in trials if metric in line.metrics]
+    return sum(found) if found else None
 
 
 def _paper_value(sweep: Sweep, arm: str, metric: str) -> float | None:
     if sweep.paper is None or metric not in sweep.paper.columns or arm not in sweep.paper.rows:
         return None
     return sweep.paper.rows[arm][list(sweep.paper.columns).index(metric)]
-
-
-def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
-    result, failure = store.result(), store.failure()
-    state = None if result else store.state()
-    if result:
-        status, detail = "finished", f"finished at step {result.step}"
-    elif failure:
-        status = "failed"
-        detail = f"failed: {failure.kind}: {failure.message} (attempt {failure.attempt})"
-    elif state:
-        status, detail = "partial", f"partial, newest checkpoint at step {state.step}"
-    else:
-        status, detail = "new", "not started, or no checkpoint yet"
-    known = result or state
-    scale = _info(metric).scale
-    return TrialLine(
-        seed=trial.seed,
-        trial_hash=trial.hash,
-        status=status,
-        detail=detail,
-        metrics=_finite(result.metrics) if result else {},
-        curve=tuple(
-            CurvePoint(step=point.step, value=point.metrics[metric] * scale)
-            for point in (known.evaluations if known else ())
-            if metric in point.metrics
-        ),
-        checkpoint=result.checkpoint if result else store.latest_checkpoint(),
-        seconds=known.seconds if known else None,
-    )
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _newest_picture(trials: Sequence[Trial], stores: Mapping[str, TrialStore]) -> Picture | None:
-    for trial in trials:
-        store = stores[trial.hash]
-        found = [match for name in store.list("pictures") if (match := _PICTURE.fullmatch(name))]
-        if found:
-            newest = max(found, key=lambda match: int(match[1]))
-            png = store.read_bytes(f"pictures/{newest[0]}")
-            return Picture(seed=trial.seed, step=int(newest[1]), png=png)
-    return None
 
 
 def _axis(sweep: Sweep) -> str:
@@ -315,10 +290,6 @@ def _training(sweep: Sweep) -> str:
     return "; ".join(dict.fromkeys(describe(trial) for trial in sweep.trials))
 
 
-def _hardware(stores: Iterable[TrialStore]) -> str:
-    results = [result for store in stores if (result := store.result())]
-    kinds = dict.fromkeys(
-        f"{result.workers} worker{'s' if result.workers > 1 else ''} on {result.device}"
-        for result in results
-    )
+def _hardware(lines: Iterable[TrialLine]) -> str:
+    kinds = dict.fromkeys(line.hardware for line in lines if line.hardware)
     return "; ".join(kinds) or "no finished trial yet"

@@ -1,0 +1,40 @@
+"""What really distinguishes the arms: the keys of their resolved recipes that differ."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from knet_platform.planning import Sweep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """Effective values, by arm, of every key that differs between arms."""
+
+    keys: tuple[str, ...]
+    """Dotted, in the recipe's order."""
+    values: dict[str, tuple[str, ...]]
+    """By arm, one for each key, as JSON; empty where an arm has no such key."""
+
+
+def differences(sweep: Sweep) -> Differences:
+    """Compare the resolved recipes of all arms; the seed is no difference."""
+    recipes = {trial.arm: dict(_flat(trial.recipe.to_dict(), "")) for trial in sweep.trials}
+    found: dict[str, set[str]] = {}
+    for values in recipes.values():
+        for key in values:
+            found[key] = {recipe.get(key, "") for recipe in recipes.values()}
+    keys = tuple(key for key, values in found.items() if len(values) > 1 and key != "seed")
+    return Differences(
+        keys=keys,
+        values={arm: tuple(recipes[arm].get(key, "") for key in keys) for arm in sweep.arms},
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(value)

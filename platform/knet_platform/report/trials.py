@@ -1,0 +1,126 @@
+"""What the store knows of every trial of a sweep, read while the sweep may be writing."""
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from knet_core import KNetError
+from knet_platform.metrics import find_metric
+from knet_platform.planning import Sweep, Trial
+from knet_platform.storage import Failure, Store, TrialStore
+
+READERS = 16
+"""Trials or pictures read at once: an object store takes tens of milliseconds for each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """The sweep's metric at one evaluation, in display units."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialLine:
+    """What became of one seed of an arm."""
+
+    arm: str
+    seed: int
+    trial_hash: str
+    status: str
+    """finished, partial, failed, new or unreadable."""
+    detail: str
+    """The status in words, with the reason of a failure."""
+    metrics: Mapping[str, float]
+    """Final metrics as measured (AP in 0..1), without NaN; empty unless finished."""
+    curve: tuple[CurvePoint, ...]
+    checkpoint: str | None
+    seconds: float | None
+    """Seconds of training, over all attempts."""
+    hardware: str | None
+    """Workers and device of a finished trial."""
+    failures: tuple[Failure, ...]
+    """Of every attempt that ended badly, oldest first, also where the trial finished later."""
+
+
+def read_trials(sweep: Sweep, store: Store) -> tuple[TrialLine, ...]:
+    """Return every trial of the sweep in its order; one that cannot be read is marked as such."""
+
+    def read(trial: Trial) -> TrialLine:
+        return _read(trial, store.trial(trial.hash), sweep.metric.name)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return tuple(pool.map(read, sweep.trials))
+
+
+def _read(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
+    try:
+        return _line(trial, store, metric)
+    except KNetError:
+        pass  # a running sweep may have replaced what was just listed
+    try:
+        return _line(trial, store, metric)
+    except KNetError as error:
+        return TrialLine(
+            arm=trial.arm,
+            seed=trial.seed,
+            trial_hash=trial.hash,
+            status="unreadable",
+            detail=one_line(str(error)),
+            metrics={},
+            curve=(),
+            checkpoint=None,
+            seconds=None,
+            hardware=None,
+            failures=(),
+        )
+
+
+def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
+    result, failure = store.result(), store.failure()
+    state = None if result else store.state()
+    if result:
+        status, detail = "finished", f"finished at step {result.step}"
+        if not math.isfinite(result.metrics.get(metric, math.nan)):
+            detail += f" without a finite {metric}"
+    elif failure:
+        status = "failed"
+        reason = one_line(failure.message)
+        detail = f"failed: {failure.kind}: {reason} (attempt {failure.attempt})"
+    elif state:
+        status, detail = "partial", f"partial, newest checkpoint at step {state.step}"
+    else:
+        status, detail = "new", "not started, or no checkpoint yet"
+    known = result or state
+    info = find_metric(metric)
+    assert info is not None, f"{metric}: the sweep file was checked"
+    return TrialLine(
+        arm=trial.arm,
+        seed=trial.seed,
+        trial_hash=trial.hash,
+        status=status,
+        detail=detail,
+        metrics=_finite(result.metrics) if result else {},
+        curve=tuple(
+            CurvePoint(step=point.step, value=point.metrics[metric] * info.scale)
+            for point in (known.evaluations if known else ())
+            if math.isfinite(point.metrics.get(metric, math.nan))
+        ),
+        checkpoint=result.checkpoint if result else store.latest_checkpoint(),
+        seconds=known.seconds if known else None,
+        hardware=f"{result.workers} worker{'s' * (result.workers > 1)} on {result.device}"
+        if result
+        else None,
+        failures=(failure,) if failure else (),
+    )
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def one_line(text: str) -> str:
+    """Return `text` with line breaks and runs of blanks as single blanks."""
+    return " ".join(text.split())
