@@ -7,6 +7,25 @@ from plotly.offline import get_plotlyjs
 from knet_platform.report import render
 from knet_platform.report.charts import CONFIG, charts
 from knet_platform.report.table import Report
+from knet_platform.storage import Cause
+
+ADVICE: dict[Cause, str] = {
+    "preempted": "Nothing to do: the trial goes on from its newest checkpoint. If it makes no "
+    "progress, save more often (train.checkpoint_every) or use machines that are taken away less.",
+    "out_of_memory_training": "Set train.micro_batch, or give each worker fewer images "
+    "(resources.workers) or more memory; the images per step stay the same.",
+    "out_of_memory_evaluation": "Set eval.batch_size to 1; if that is not enough, evaluate "
+    "smaller images or give each worker more memory.",
+    "non_finite": "The dump holds the batch, the costs and the loss terms. Look at its images "
+    "with knet data check, then lower optim.lr or lengthen optim.warmup_iterations.",
+    "data": "Mend the file that the message names (knet data check finds all such files), then "
+    "run the same command again.",
+    "configuration": "Change the key that the message names, then run the same command again.",
+    "hang": "The dump holds the stacks of all threads at the time. Look for a stalled data "
+    "source or network, then run the same command again.",
+    "crash": "Read the message and the worker's log. Once mended, knet retry --failed runs only "
+    "the trials that failed.",
+}
 
 
 def html(report: Report) -> str:
@@ -30,7 +49,9 @@ def html(report: Report) -> str:
         report=report,
         figures=figures,
         method=render.method(report),
+        reduced=render.reduced(report),
         missing=render.missing(report),
+        advice=ADVICE,
         finished=sum(line.status == "finished" for line in report.trials),
         plotly_js=Markup(get_plotlyjs()) if figures else "",  # a library file, no user's text
     )

@@ -4,7 +4,7 @@ All three share one grid of strings, so that they cannot disagree.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,6 +138,7 @@ def notes(report: Report) -> list[str]:
     if report.paper_source:
         lines.append(f"paper: {report.paper_source}")
     lines += method(report)
+    lines += [f"flagged: {names}: {detail}" for names, detail in reduced(report)]
     lines += [f"missing: {names}: {detail}" for names, detail in missing(report)]
     return lines
 
@@ -157,12 +158,29 @@ def method(report: Report) -> list[str]:
     return lines
 
 
+def reduced(report: Report) -> list[tuple[str, str]]:
+    """Return the trials that ran with smaller micro-batches than asked, as (names, what)."""
+    return _together(
+        (
+            f"{line.arm}/{line.seed}",
+            f"out of memory, so trained with micro-batches of {line.micro_batch} "
+            "(the same images per step)",
+        )
+        for line in report.trials
+        if line.micro_batch is not None
+    )
+
+
 def missing(report: Report) -> list[tuple[str, str]]:
     """Return the trials without a value, those with the same fate together, as (names, fate)."""
-    fates: dict[str, list[str]] = {}
-    for line in report.unfinished:
-        fates.setdefault(line.detail, []).append(f"{line.arm}/{line.seed}")
-    return [(", ".join(names), detail) for detail, names in fates.items()]
+    return _together((f"{line.arm}/{line.seed}", line.detail) for line in report.unfinished)
+
+
+def _together(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    names: dict[str, list[str]] = {}
+    for name, fate in pairs:
+        names.setdefault(fate, []).append(name)
+    return [(", ".join(group), fate) for fate, group in names.items()]
 
 
 @dataclass(frozen=True, slots=True)

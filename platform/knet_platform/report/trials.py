@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from knet_core import KNetError
 from knet_platform.metrics import find_metric
 from knet_platform.planning import Sweep, Trial
-from knet_platform.storage import Failure, Store, TrialStore
+from knet_platform.storage import FAILURES, Failure, Store, TrialStore
 
 READERS = 16
 """Trials or pictures read at once: an object store takes tens of milliseconds for each."""
+
+_UNREADABLE = (KNetError, KeyError, TypeError)
+"""What damaged files, and files of another version, raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +44,14 @@ class TrialLine:
     """Seconds of training, over all attempts."""
     hardware: str | None
     """Workers and device of a finished trial."""
+    micro_batch: int | None
+    """Images of a worker at a time, where memory allowed fewer than the recipe asked for."""
     failures: tuple[Failure, ...]
     """Of every attempt that ended badly, oldest first, also where the trial finished later."""
+    folder: str
+    """Address of the trial's part of the store."""
+    dumps: tuple[str, ...]
+    """Addresses of what explains the failures: batches, stacks."""
 
 
 def read_trials(sweep: Sweep, store: Store) -> tuple[TrialLine, ...]:
@@ -58,29 +67,34 @@ def read_trials(sweep: Sweep, store: Store) -> tuple[TrialLine, ...]:
 def _read(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
     try:
         return _line(trial, store, metric)
-    except KNetError:
+    except _UNREADABLE:
         pass  # a running sweep may have replaced what was just listed
     try:
         return _line(trial, store, metric)
-    except KNetError as error:
+    except _UNREADABLE as error:
         return TrialLine(
             arm=trial.arm,
             seed=trial.seed,
             trial_hash=trial.hash,
             status="unreadable",
-            detail=one_line(str(error)),
+            detail=f"unreadable: {one_line(str(error))}",
             metrics={},
             curve=(),
             checkpoint=None,
             seconds=None,
             hardware=None,
+            micro_batch=None,
             failures=(),
+            folder=store.uri,
+            dumps=(),
         )
 
 
 def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
-    result, failure = store.result(), store.failure()
-    state = None if result else store.state()
+    result, state, failure = store.result(), None, None
+    if result is None:
+        # The result is looked for again after what it replaces: the trial may finish meanwhile.
+        state, failure, result = store.state(), store.failure(), store.result()
     if result:
         status, detail = "finished", f"finished at step {result.step}"
         if not math.isfinite(result.metrics.get(metric, math.nan)):
@@ -113,7 +127,14 @@ def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
         hardware=f"{result.workers} worker{'s' * (result.workers > 1)} on {result.device}"
         if result
         else None,
-        failures=(failure,) if failure else (),
+        micro_batch=result.micro_batch if result else None,
+        failures=store.failures(),
+        folder=store.uri,
+        dumps=tuple(
+            f"{store.uri}/{FAILURES}/{name}"
+            for name in store.list(FAILURES)
+            if not name.endswith(".json")
+        ),
     )
 
 

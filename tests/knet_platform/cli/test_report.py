@@ -64,7 +64,7 @@ def test_json_and_formats_print_nothing_else(
     out = tmp_path / "pages"
     assert main(["report", str(sweep), "--json", "--out", str(out)]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["rows"][0]["cells"]["val/AP"]["mean"] == pytest.approx(25.0)
+    assert values["arms"]["narrow"]["metrics"]["val/AP"]["mean"] == pytest.approx(25.0)
     for form, name in {"md": "table.md", "latex": "table.tex", "csv": "table.csv"}.items():
         assert main(["report", str(sweep), "--format", form, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
@@ -73,8 +73,11 @@ def test_json_and_formats_print_nothing_else(
 
 def test_other_settings_are_other_trials(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(sweep), "optim.lr=0.01", "--seeds", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [[line["status"] for line in row["trials"]] for row in rows] == [["new"], ["new"]]
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert {name: (arm["n"], arm["status"]) for name, arm in arms.items()} == {
+        "narrow": (0, "new"),
+        "wide": (0, "new"),
+    }
 
 
 def test_a_sweep_that_is_not_there_is_one_line_and_exit_code_2(

@@ -1,9 +1,11 @@
 """A sweep of three arms and its store, with results as a driver writes them."""
 
-import base64
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from knet_platform.planning import Sweep, load_sweep
 from knet_platform.storage import Evaluation, Failure, Store, TrialResult
@@ -36,9 +38,11 @@ paper:
     "5": [34.5, 56.5, 35.7, 20.0]
 """
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def write_sweep(folder: Path, text: str = SWEEP) -> Path:
@@ -70,6 +74,11 @@ def result(trial_hash: str, ap: float, *, fps: float = 10.0) -> TrialResult:
 
 
 @pytest.fixture
+def make_result() -> Callable[..., TrialResult]:
+    return result
+
+
+@pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
     return load_sweep(write_sweep(tmp_path))
 
@@ -83,8 +92,9 @@ def store(tmp_path: Path, sweep: Sweep) -> Store:
         folder = store.trial(trial.hash)
         if ap := values.get((trial.arm, trial.seed)):
             folder.write_result(result(trial.hash, ap))
-            folder.write_bytes("pictures/step_000100.png", b"older")
-            folder.write_bytes("pictures/step_000300.png", PNG)
+            folder.write_bytes("pictures/step_000100.png", b"half a picture")
+            folder.write_bytes("pictures/step_000300.png", png(64, 32))
+            folder.write_bytes("pictures/stages_000300.png", png(64, 16))
         elif trial.arm == "4":
             folder.write_failure(
                 Failure(

@@ -1,36 +1,16 @@
 """The numbers of the ablation table."""
 
-import math
-import statistics
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 from scipy import stats
 
 from knet_platform.planning import Sweep
 from knet_platform.report import build_report
-from knet_platform.report.table import mean_and_ci
-from knet_platform.storage import Store
+from knet_platform.storage import Store, TrialResult, TrialStore
 
-
-def test_the_interval_equals_scipys_t_interval() -> None:
-    values = [31.2, 29.8, 30.5, 33.1, 30.9]
-    mean, half = mean_and_ci(values)
-    low, high = stats.t.interval(0.95, 4, loc=statistics.mean(values), scale=stats.sem(values))
-    assert mean is not None
-    assert half is not None
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_the_interval_equals_the_tables_of_a_textbook() -> None:
-    # t(0.975, 2) = 4.303 in every table; 1, 2, 3 have mean 2 and standard deviation 1.
-    mean, half = mean_and_ci([1.0, 2.0, 3.0])
-    assert mean == pytest.approx(2.0)
-    assert half == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
-
-
-def test_one_seed_has_a_mean_and_no_interval_and_no_seed_has_neither() -> None:
-    assert mean_and_ci([3.0]) == (3.0, None)
-    assert mean_and_ci([]) == (None, None)
+Results = Callable[..., TrialResult]
 
 
 def test_rows_keep_the_order_of_the_sweep_and_columns_those_of_the_paper(
@@ -52,11 +32,22 @@ def test_cells_are_in_the_papers_units_with_both_differences(sweep: Sweep, store
     one, three = (row.cells[0] for row in report.rows[:2])
     assert (three.n, three.mean) == (3, pytest.approx(33.0))
     assert three.ci95 == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem([30.0, 32.0, 37.0]))
-    assert three.delta_baseline is None
+    assert three.difference is None
     assert three.delta_paper == pytest.approx(33.0 - 34.1)
     assert (one.n, one.mean, one.ci95) == (1, pytest.approx(10.0), None)
-    assert one.delta_baseline == pytest.approx(10.0 - 33.0)
     assert (one.paper, one.delta_paper) == (21.8, pytest.approx(10.0 - 21.8))
+
+
+def test_an_arm_is_compared_with_the_baseline_on_shared_seeds_and_then_with_the_paper(
+    sweep: Sweep, store: Store
+) -> None:
+    one = build_report(sweep, store).rows[0].cells[0]
+    assert one.difference is not None
+    assert (one.difference.n, one.difference.ci95) == (1, None)
+    assert one.difference.mean == pytest.approx(10.0 - 30.0)  # seed 0 of both
+    assert one.paper_difference == pytest.approx(21.8 - 34.1)
+    assert one.delta_of_deltas == pytest.approx(-20.0 + 12.3)
+    assert one.trend == "same sign"
 
 
 def test_a_value_the_paper_lacks_leaves_its_difference_empty(sweep: Sweep, store: Store) -> None:
@@ -72,7 +63,7 @@ def test_a_value_the_paper_lacks_leaves_its_difference_empty(sweep: Sweep, store
 
 def test_every_missing_trial_is_named_with_its_reason(sweep: Sweep, store: Store) -> None:
     report = build_report(sweep, store)
-    missing = {(row.arm, line.seed): line.detail for row, line in report.unfinished}
+    missing = {(line.arm, line.seed): line.detail for line in report.unfinished}
     assert set(missing) == {("1", 1), ("1", 2), *((arm, s) for arm in "45" for s in range(3))}
     assert missing["4", 0] == "failed: WorkerDied: killed <by> the kernel (attempt 3)"
     assert missing["5", 0].startswith("not started")
@@ -81,8 +72,6 @@ def test_every_missing_trial_is_named_with_its_reason(sweep: Sweep, store: Store
 def test_without_a_paper_the_companions_that_were_measured_are_shown(
     sweep: Sweep, store: Store
 ) -> None:
-    import dataclasses
-
     report = build_report(dataclasses.replace(sweep, paper=None), store)
     assert [column.metric for column in report.columns] == [
         "val/AP",
@@ -93,11 +82,69 @@ def test_without_a_paper_the_companions_that_were_measured_are_shown(
     assert not any(column.in_paper for column in report.columns)
 
 
-def test_the_newest_picture_and_the_whole_curve_are_found(sweep: Sweep, store: Store) -> None:
+def test_an_arm_is_as_finished_as_its_seeds(sweep: Sweep, store: Store) -> None:
+    report = build_report(sweep, store)
+    assert [row.status for row in report.rows] == ["partial", "finished", "failed", "new"]
+
+
+def test_a_score_that_is_no_number_is_left_out_and_named(
+    sweep: Sweep, store: Store, make_result: Results
+) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "3/2")
+    store.trial(trial.hash).write_result(make_result(trial.hash, float("nan")))
+    report = build_report(sweep, store)
+    assert report.rows[1].cells[0].n == 2
+    (line,) = [line for line in report.unfinished if line.arm == "3"]
+    assert line.detail == "finished at step 300 without a finite val/AP"
+
+
+@pytest.mark.parametrize("content", [b'{"trial_hash": "cut', b'{"step": 3}', b"[]", b""])
+def test_a_damaged_result_is_named_and_spoils_no_other(
+    sweep: Sweep, store: Store, content: bytes
+) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "3/2")
+    store.trial(trial.hash).write_bytes("result.json", content)
+    report = build_report(sweep, store)
+    assert (report.rows[1].status, report.rows[1].cells[0].n) == ("unreadable", 2)
+    assert any(line.status == "unreadable" for line in report.unfinished)
+
+
+def test_what_a_running_sweep_replaces_meanwhile_is_read_again(
+    sweep: Sweep, store: Store, make_result: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure is listed, then cleared by the attempt that finishes, then read."""
+    trial = next(trial for trial in sweep.trials if trial.name == "4/0")
+    real = TrialStore.list
+
+    def finishes_after(folder: TrialStore, relative: str = "") -> list[str]:
+        names = real(folder, relative)
+        if folder.uri.endswith(trial.hash) and "failure.json" in names:
+            store.trial(trial.hash).write_result(make_result(trial.hash, 0.31))
+        return names
+
+    monkeypatch.setattr(TrialStore, "list", finishes_after)
+    (line, *_) = build_report(sweep, store).rows[2].trials
+    assert line.status == "finished"
+
+
+def test_hours_and_money_are_added_up_over_seeds(sweep: Sweep, store: Store) -> None:
+    for trial in sweep.trials:
+        found = store.trial(trial.hash).result()
+        if found is not None:
+            metrics = {**found.metrics, "sys/gpu_hours": 1.5, "cost/usd": 3.0}
+            changed = dataclasses.replace(found, metrics=metrics)
+            store.trial(trial.hash).write_result(changed)
+    rows = build_report(sweep, store).rows
+    assert [(row.gpu_hours, row.usd) for row in rows] == [
+        (1.5, 3.0),
+        (4.5, 9.0),
+        (None, None),
+        (None, None),
+    ]
+
+
+def test_the_whole_curve_is_kept(sweep: Sweep, store: Store) -> None:
     row = build_report(sweep, store).rows[1]
-    assert row.picture is not None
-    assert (row.picture.seed, row.picture.step) == (0, 300)
-    assert row.picture.png.startswith(b"\x89PNG")
     assert [(point.step, point.value) for point in row.trials[0].curve] == [
         (100, pytest.approx(10.0)),
         (200, pytest.approx(20.0)),
