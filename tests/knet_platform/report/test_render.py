@@ -178,7 +178,9 @@ def test_the_page_loads_nothing_and_its_table_is_marked_up(report: Report, tmp_p
         source = attributes.get("src") or attributes.get("href") or "data:"
         assert source.startswith("data:")
     assert not re.search(r"<script[^>]*\ssrc=", text)
-    assert sum(a.get("scope") == "row" for _, a in page.tags) == 4 + 4  # the table, and what differs
+    assert (
+        sum(a.get("scope") == "row" for _, a in page.tags) == 4 + 4
+    )  # the table, and what differs
     images = [a for tag, a in page.tags if tag == "img"]
     assert len(images) == 2 * 2  # arms 1 and 3: one readable evaluation and the updates
     assert all(image["alt"] for image in images)
