@@ -24,8 +24,10 @@ from knet_core.errors import (
     ConfigError,
     DataError,
     DiskFullError,
+    EvaluationMemoryError,
     KNetError,
     NonFiniteError,
+    TrainingMemoryError,
 )
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ __all__ = [
     "DataError",
     "DiskFullError",
     "EvalConfig",
+    "EvaluationMemoryError",
     "Finding",
     "FitResult",
     "ImageInfo",
@@ -166,6 +169,7 @@ __all__ = [
     "StageOutput",
     "Targets",
     "TrainConfig",
+    "TrainingMemoryError",
     "build_dataset",
     "build_model",
     "check_data",

@@ -68,6 +68,8 @@ class _Assignment:
     """Matched instance kernels."""
     all: _Rows
     """And the kernels of stuff that is there."""
+    costs: tuple[Tensor, ...]
+    """Matching costs (N, G) of each image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +140,17 @@ def kernel_criterion(
     )
 
     assignment = _assign(static, batch)
+    costs = assignment.costs
     owners = _paint(assignment.things, batch)
     seg = _semantic_loss(output.semantic, assignment.things, owners, batch)
     stages = [_static_losses(static, assignment.things, owners, batch)]
     for index, stage in enumerate(updates):
         if index > 0:
             assignment = _assign(updates[index - 1], batch)
+            costs += assignment.costs
             owners = _paint(assignment.things, batch) if weights.rank else owners
         stages.append(_update_losses(stage, assignment, owners, batch))
-    return LossTerms(stages=tuple(stages), seg=weights.seg * seg)
+    return LossTerms(stages=tuple(stages), seg=weights.seg * seg, costs=costs)
 
 
 @torch.no_grad()
@@ -174,8 +178,9 @@ def _assign(stage: StageOutput, batch: _Batch) -> _Assignment:
     device = stage.masks.device
     things = _rows(matches, batch, with_stuff=False, device=device)
     if not any(truth.stuff):
-        return _Assignment(things=things, all=things)
-    return _Assignment(things=things, all=_rows(matches, batch, with_stuff=True, device=device))
+        return _Assignment(things=things, all=things, costs=tuple(costs))
+    everything = _rows(matches, batch, with_stuff=True, device=device)
+    return _Assignment(things=things, all=everything, costs=tuple(costs))
 
 
 def _rows(

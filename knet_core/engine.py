@@ -7,7 +7,7 @@ initialised each process is one worker. Whoever wants to see progress passes cal
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ from knet_core.checkpoint_state import CheckpointState, read_state
 from knet_core.config import Recipe
 from knet_core.data import SegmentationDataset, build_dataset, train_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
-from knet_core.errors import CheckpointError
-from knet_core.evaluation import evaluate, measure_fps, stage_picture
+from knet_core.errors import CheckpointError, TrainingMemoryError
+from knet_core.evaluation import MemoryLimit, evaluate, measure_fps, stage_picture
 from knet_core.meter import Meter
 from knet_core.models.knet import build_model
+from knet_core.pieces import is_separable
 from knet_core.progress import Callback, FitResult, Point, Report
 from knet_core.randomness import random_state, restore_random_state, seed_everything
 from knet_core.schedule import Schedule, plan_schedule
@@ -47,6 +48,8 @@ def fit(
     resume_from: Path | None = None,
     device: torch.device | None = None,
     report_every_seconds: float = 10.0,
+    images_at_once: int | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> FitResult:
     """Train, evaluate and save; every worker calls it and gets the same result.
 
@@ -59,6 +62,9 @@ def fit(
             One that is finished is only reported again.
         device: Where to compute; unset: this worker's GPU if there is one.
         report_every_seconds: Age at which reports are due; 0 reports every point.
+        images_at_once: Most images of a worker that train together, after a
+            `TrainingMemoryError`; slower, with the same results up to rounding.
+        on_progress: Called on every worker after each step and each batch of an evaluation.
 
     Raises:
         ConfigError: The recipe cannot be run on this many workers or with this data.
@@ -66,6 +72,8 @@ def fit(
         CheckpointError: `resume_from` is damaged or of another run.
         NonFiniteError: A loss, a gradient or a matching cost is not finite.
         DiskFullError: No space for a checkpoint.
+        TrainingMemoryError: The device has no memory for a step.
+        EvaluationMemoryError: Nor for the prediction of a single image.
     """
     device = device or _default_device()
     if device.type == "cuda":
@@ -95,6 +103,7 @@ def fit(
         num_iterations=schedule.num_iterations,
         device=device,
         output_dir=output_dir,
+        images_at_once=images_at_once,
     )
     seed_everything(recipe.seed + rank() * _RANK_SEED_STRIDE)
     run = _Run(
@@ -107,6 +116,8 @@ def fit(
         output_dir=output_dir,
         callbacks=callbacks,
         report_every_seconds=report_every_seconds,
+        images_at_once=images_at_once,
+        on_progress=on_progress,
     )
     if state is not None and resume_from is not None:
         run.resume(state, resume_from)
@@ -128,6 +139,8 @@ class _Run:
         output_dir: Path,
         callbacks: Sequence[Callback],
         report_every_seconds: float,
+        images_at_once: int | None,
+        on_progress: Callable[[], None] | None,
     ) -> None:
         self._recipe = recipe
         self._schedule = schedule
@@ -138,6 +151,9 @@ class _Run:
         self._output_dir = output_dir
         self._callbacks = callbacks
         self._report_every_seconds = report_every_seconds
+        self._images_at_once = min(images_at_once or schedule.micro_batch, schedule.micro_batch)
+        self._on_progress = on_progress or _nothing
+        self._eval_limit = MemoryLimit(recipe.eval.batch_size)
         self._step = 0
         self._points: list[Point] = []
         self._evaluations: list[Point] = []
@@ -178,8 +194,12 @@ class _Run:
             asked = time.perf_counter()
             micro_batches = [next(batches) for _ in range(schedule.num_micro_batches)]
             waited = time.perf_counter() - asked
-            meter.add(self._trainer.step(self._step, micro_batches), waited=waited)
+            try:
+                meter.add(self._trainer.step(self._step, micro_batches), waited=waited)
+            except torch.OutOfMemoryError as error:
+                raise self._memory_error(error) from error
             self._step += 1
+            self._on_progress()
             if schedule.logs(self._step):
                 point = meter.point(self._step)
                 self._points.append(point)
@@ -196,10 +216,27 @@ class _Run:
             seconds=self._seconds(),
         )
 
+    def _memory_error(self, error: torch.OutOfMemoryError) -> TrainingMemoryError:
+        images = self._images_at_once
+        advice = "lower data.short_edge, data.long_edge or model.num_kernels"
+        if images == 1:
+            fewer = None
+        elif is_separable(self._trainer.model):
+            fewer, advice = -(-images // 2), f"train.micro_batch={-(-images // 2)} needs less"
+        else:
+            fewer = None
+            advice = "its batch normalisation needs them together: use more workers, or " + advice
+        reason = str(error).partition(". ")[0].splitlines()[0]
+        return TrainingMemoryError(
+            f"step {self._step + 1}: no memory to train on {images} image(s) of a worker at a "
+            f"time ({reason}); {advice}, or try train.precision=bf16",
+            fewer,
+        )
+
     def _after_point(self) -> Path | None:
         """Evaluate, save and report as far as due; return the new checkpoint."""
         evaluates, saves = self._schedule.evaluates(self._step), self._schedule.saves(self._step)
-        picture = self._evaluate() if evaluates else None
+        eval_batch, picture = self._evaluate() if evaluates else (None, None)
         checkpoint = self._save() if saves else None
         if evaluates or saves or self._report_is_due():
             report = Report(
@@ -208,6 +245,7 @@ class _Run:
                 num_iterations=self._schedule.num_iterations,
                 points=tuple(self._points),
                 evaluation=self._evaluations[-1].metrics if evaluates else None,
+                eval_batch=eval_batch,
                 picture=picture,
                 checkpoint=checkpoint if rank() == 0 else None,
                 stage_picture=self._stage_picture() if evaluates else None,
@@ -218,7 +256,8 @@ class _Run:
             self._last_report = time.perf_counter()
         return checkpoint
 
-    def _evaluate(self) -> bytes | None:
+    def _evaluate(self) -> tuple[int | None, bytes | None]:
+        """Return the batch to which memory limited it, and the picture."""
         config = self._recipe.eval
         model = self._trainer.model
         metrics, picture = evaluate(
@@ -227,6 +266,8 @@ class _Run:
             config,
             device=self._device,
             num_workers=self._recipe.data.num_workers,
+            limit=self._eval_limit,
+            on_progress=self._on_progress,
         )
         if self._step == self._schedule.num_iterations and config.fps_iterations > 0:
             fps = on_rank_zero(
@@ -237,7 +278,9 @@ class _Run:
             metrics = {**metrics, "bench/fps": fps}
         self._evaluations.append(Point(step=self._step, time=time.time(), metrics=metrics))
         self._metrics = {**metrics, "train/loss": self._metrics["train/loss"]}
-        return picture
+        batches = gather_on_zero(self._eval_limit.images)
+        batch = on_rank_zero(lambda: min(batches))
+        return batch if batch < config.batch_size else None, picture
 
     def _stage_picture(self) -> bytes | None:
         """Draw every update's masks once, when training is over."""
@@ -299,6 +342,7 @@ def _report_again(
         num_iterations=schedule.num_iterations,
         points=(),
         evaluation=state.evaluations[-1].metrics,
+        eval_batch=None,
         picture=None,
         checkpoint=checkpoint if rank() == 0 else None,
     )
@@ -319,6 +363,10 @@ def _remove_old_checkpoints(output_dir: Path, step: int) -> None:
     steps = [int(path.name.split("_")[1]) for path in output_dir.glob("checkpoint_[0-9]*")]
     for old in sorted(found for found in steps if found <= step)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(output_dir / checkpoint_name(old))
+
+
+def _nothing() -> None:
+    """Take the place of a callback that nobody gave."""
 
 
 def _default_device() -> torch.device:

@@ -4,6 +4,10 @@ A message is one line: where (file or dotted key), what was found, what was expe
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class KNetError(Exception):
@@ -43,7 +47,42 @@ class CheckpointError(KNetError):
 
 
 class NonFiniteError(KNetError):
-    """A loss or a matching cost became NaN or infinite; training stops rather than hide it."""
+    """A loss or a matching cost became NaN or infinite; training stops rather than hide it.
+
+    Args:
+        message: One line.
+        costs: Matching costs (N, G) of each image, where they are to blame.
+    """
+
+    def __init__(self, message: str, costs: Sequence["Tensor"] = ()) -> None:
+        self.costs = costs
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type["NonFiniteError"], tuple[str]]:
+        """Leave the costs where they are: errors travel to processes without torch."""
+        return type(self), (str(self),)
+
+
+class TrainingMemoryError(KNetError):
+    """The device has no memory for a training step.
+
+    Args:
+        message: One line.
+        fewer: Images of a worker to try at a time (`fit(images_at_once=...)`); None: no fewer can
+            be, or they would train another model.
+    """
+
+    def __init__(self, message: str, fewer: int | None) -> None:
+        self.fewer = fewer
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type["TrainingMemoryError"], tuple[str, int | None]]:
+        """Survive the pickling that brings worker errors back to the driver."""
+        return type(self), (str(self), self.fewer)
+
+
+class EvaluationMemoryError(KNetError):
+    """The device has no memory to predict a single image."""
 
 
 class DiskFullError(KNetError):

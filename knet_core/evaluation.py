@@ -1,14 +1,15 @@
 """Scores over all workers, pictures of a few predictions, and the model's speed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from knet_core.config import EvalConfig
 from knet_core.data import SegmentationDataset, collate, eval_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
-from knet_core.errors import ConfigError, DataError
+from knet_core.errors import ConfigError, DataError, EvaluationMemoryError
 from knet_core.metrics.metric import Metric, metric_factory
 from knet_core.models.knet import KNet
 from knet_core.prediction import predict, predict_stages
@@ -19,6 +20,52 @@ _WARM_UP = 5
 """Untimed passes before the speed is measured, as in mmdet's benchmark."""
 _TIMED_IMAGES = 8
 """Images that the timed passes cycle through."""
+
+
+class MemoryLimit:
+    """How many images of a worker may be predicted together; halved where memory runs out."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def predict(
+        self,
+        images: Tensor,
+        infos: Sequence[ImageInfo],
+        predict: Callable[[Tensor, Sequence[ImageInfo]], Sequence[Sequence[Prediction]]],
+    ) -> list[list[Prediction]]:
+        """Predict a batch in as few pieces as fit.
+
+        Args:
+            images: (B, 3, H, W); no piece has another padding than the batch.
+            infos: One per image.
+            predict: From a piece to its results: for each stage, for each image.
+
+        Raises:
+            EvaluationMemoryError: A single image does not fit.
+        """
+        while True:
+            pieces = [
+                slice(start, start + self.images) for start in range(0, len(images), self.images)
+            ]
+            try:
+                found = [predict(images[piece], infos[piece]) for piece in pieces]
+            except torch.OutOfMemoryError as error:
+                largest = min(self.images, len(images))
+                if largest == 1:
+                    raise EvaluationMemoryError(_no_memory(infos, error)) from error
+                self.images = -(-largest // 2)
+            else:
+                return [[p for part in stage for p in part] for stage in zip(*found, strict=True)]
+
+
+def _no_memory(infos: Sequence[ImageInfo], error: Exception) -> str:
+    images = ", ".join(info.file_name for info in infos)
+    reason = str(error).partition(". ")[0].splitlines()[0]
+    return (
+        f"evaluation: no memory to predict one image at a time, of {images} ({reason}); lower "
+        f"data.short_edge or data.long_edge, or set eval.window for semantic models"
+    )
 
 
 @torch.no_grad()
@@ -32,6 +79,8 @@ def evaluate(
     per_stage: bool = False,
     scored: bool = True,
     on_prediction: Callable[[ImageInfo, Prediction], None] | None = None,
+    limit: MemoryLimit | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], bytes | None]:
     """Score a model on one split; each worker predicts a share of the images.
 
@@ -44,6 +93,8 @@ def evaluate(
         per_stage: Score every stage as well; it costs a post-processing each.
         scored: Compare with the ground truth; without it there need not be any.
         on_prediction: Takes the prediction of every image of this worker as it comes.
+        limit: What earlier evaluations learnt about memory; unset: `config.batch_size` is tried.
+        on_progress: Called after each batch.
 
     Returns:
         Metrics `val/<name>` on every worker, with `per_stage` also `val/stage<i>/<name>` (0 the
@@ -53,6 +104,7 @@ def evaluate(
     Raises:
         ConfigError: `per_stage` is asked together with scales, flips or a window.
         DataError: An image cannot be used, or the split has other classes than the model.
+        EvaluationMemoryError: The device has no memory to predict a single image.
     """
     if model.num_classes != dataset.num_classes:
         raise DataError(
@@ -77,18 +129,24 @@ def evaluate(
         world_size=world_size(),
         num_workers=num_workers,
     )
-    for batch in batches:
-        images = batch.images.to(device, non_blocking=True)
+    limit = limit or MemoryLimit(config.batch_size)
+
+    def find(images: Tensor, infos: Sequence[ImageInfo]) -> Sequence[Sequence[Prediction]]:
+        there = images.to(device, non_blocking=True)
         if per_stage:
-            found = predict_stages(model, images, batch.infos)
-        else:
-            found = [predict(model, images, batch.infos, config)]
+            return predict_stages(model, there, infos)
+        return [predict(model, there, infos, config)]
+
+    for batch in batches:
+        found = limit.predict(batch.images, batch.infos, find)
         for metric, predictions in zip(scores, found, strict=scored):
             for info, prediction in zip(batch.infos, predictions, strict=True):
                 metric.add(info, prediction)
         if on_prediction is not None:
             for info, prediction in zip(batch.infos, found[-1], strict=True):
                 on_prediction(info, prediction)
+        if on_progress is not None:
+            on_progress()
     results = [_gathered(metric) for metric in scores]
     metrics = dict(results[-1]) if scored else {}
     if per_stage:

@@ -33,7 +33,8 @@ def match(costs: Sequence[Tensor]) -> list[Matches]:
             bad = int((~np.isfinite(cost)).any(axis=1).sum())
             raise NonFiniteError(
                 f"image {image} of the batch: matching cost is NaN or infinite for {bad} of "
-                f"{len(cost)} kernels"
+                f"{len(cost)} kernels",
+                costs,
             )
         kernels, objects = linear_sum_assignment(cost)
         matches.append(

@@ -32,6 +32,8 @@ class Report:
     """Training curves, averaged over workers; times and `sys/...` are this worker's."""
     evaluation: dict[str, float] | None
     """`val/...` of this step, in the last report with `bench/fps`."""
+    eval_batch: int | None
+    """Images of a worker at a time to which memory limited the evaluation; None: as asked."""
     picture: bytes | None
     """PNG of probe images, ground truth beside prediction; first worker, with an evaluation."""
     checkpoint: Path | None

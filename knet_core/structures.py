@@ -160,6 +160,8 @@ class LossTerms:
     seg: Tensor | None
     """Of the auxiliary semantic map: focal loss (instance, panoptic) or cross-entropy (semantic);
     None where there is no such map."""
+    costs: tuple[Tensor, ...] = ()
+    """Matching costs (N, G) of each image, stage after stage; they explain what went wrong."""
 
     def named(self) -> dict[str, Tensor]:
         """Return every term there is: `seg`, `stage<i>/mask`, `stage<i>/dice`, ..."""

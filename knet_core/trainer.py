@@ -22,7 +22,8 @@ from knet_core.distributed import (
 from knet_core.errors import NonFiniteError
 from knet_core.models.knet import KNet
 from knet_core.optim import build_optimizer, set_learning_rate
-from knet_core.structures import Batch, KNetOutput
+from knet_core.pieces import InPieces
+from knet_core.structures import Batch, KNetOutput, LossTerms
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALLEST_SCALE = 1.0
@@ -41,6 +42,15 @@ class StepResult:
     """Learning rate of everything but the backbone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Losses:
+    """What is kept of one micro-batch: nothing that holds its activations."""
+
+    terms: dict[str, Tensor]
+    """Of `LossTerms.named`, detached."""
+    costs: Sequence[Tensor]
+
+
 class Trainer:
     """Owns the model's replica, the optimizer and the loss scale.
 
@@ -50,6 +60,8 @@ class Trainer:
         num_iterations: Optimizer steps of the whole run.
         device: Where this worker computes.
         output_dir: Takes the dump of a step that went wrong.
+        images_at_once: Most images that go through the network together, where memory is short;
+            gradients stay those of the micro-batch (`InPieces`).
 
     Raises:
         ConfigError: `train.sync_batch_norm` is asked of several workers on CPUs.
@@ -63,6 +75,7 @@ class Trainer:
         num_iterations: int,
         device: torch.device,
         output_dir: Path,
+        images_at_once: int | None = None,
     ) -> None:
         self._recipe = recipe
         self._num_iterations = num_iterations
@@ -75,8 +88,10 @@ class Trainer:
             device=device, memory_format=layout
         )
         self._replica: nn.Module = self.model
+        if images_at_once is not None:
+            self._replica = InPieces(self.model, images_at_once)
         if world_size() > 1:
-            self._replica = DistributedDataParallel(self.model)
+            self._replica = DistributedDataParallel(self._replica)
         self._network: Callable[[Tensor], KNetOutput] = self._replica
         if recipe.train.compile:
             self._network = torch.compile(self._replica)
@@ -117,34 +132,39 @@ class Trainer:
             NonFiniteError: A cost, a loss or a gradient is not finite; no parameter was changed.
         """
         lr = set_learning_rate(self._optimizer, step, self._recipe.optim, self._num_iterations)
-        terms: list[dict[str, Tensor]] = []
+        losses: list[_Losses] = []
         for index, batch in enumerate(batches):
             with self._synchronised(last=index == len(batches) - 1):
-                named = self._losses(step, batch)
-                loss = torch.stack(list(named.values())).sum()
-                self._scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            terms.append({name: value.detach() for name, value in named.items()})
+                found = self._losses(step, batch)
+                total = self._scaler.scale(found.total() / len(batches))
+                total.backward()  # type: ignore[no-untyped-call]
+            terms = {name: value.detach() for name, value in found.named().items()}
+            losses.append(_Losses(terms=terms, costs=found.costs))
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(
             self._parameters, self._recipe.optim.clip_norm, foreach=True
         )
-        self._require_finite(step, batches, terms, norm)
+        self._require_finite(step, batches, losses, norm)
         self._scaler.step(self._optimizer)  # skips the step where fp16 gradients overflowed
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        means = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+        means = {
+            name: torch.stack([found.terms[name] for found in losses]).mean()
+            for name in losses[0].terms
+        }
         return StepResult(losses=means, grad_norm=norm, lr=lr)
 
-    def _losses(self, step: int, batch: Batch) -> dict[str, Tensor]:
+    def _losses(self, step: int, batch: Batch) -> LossTerms:
         there = batch.to(self._device, channels_last=self._recipe.train.channels_last)
         with torch.autocast(
             self._device.type, dtype=self._autocast, enabled=self._autocast is not None
         ):
             output = self._network(there.images)
         try:
-            return self.model.criterion(output, there.targets).named()
+            return self.model.criterion(output, there.targets)
         except NonFiniteError as error:
-            raise self._failure(step, [batch], [{}], str(error)) from error
+            losses = _Losses(terms={}, costs=error.costs)
+            raise self._failure(step, [batch], [losses], str(error)) from error
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[None]:
         """Exchange gradients with the other workers in the last backward pass of a step only."""
@@ -156,12 +176,12 @@ class Trainer:
         self,
         step: int,
         batches: Sequence[Batch],
-        terms: Sequence[dict[str, Tensor]],
+        losses: Sequence[_Losses],
         norm: Tensor,
     ) -> None:
-        losses = torch.stack([torch.stack(list(named.values())).sum() for named in terms])
+        totals = torch.stack([torch.stack(list(found.terms.values())).sum() for found in losses])
         # The one wait for the device in a step; the matching has already waited for the forward.
-        *finite, finite_norm = torch.cat([losses, norm[None]]).isfinite().tolist()
+        *finite, finite_norm = torch.cat([totals, norm[None]]).isfinite().tolist()
         fine_norm = finite_norm or self._overflowed()
         if all(finite) and fine_norm:
             return
@@ -176,7 +196,7 @@ class Trainer:
                 what = "a gradient is not finite, although every loss is"
                 if elsewhere:
                     what = f"the loss of images {elsewhere} of another worker is not finite"
-        raise self._failure(step, [batches[i] for i in bad], [terms[i] for i in bad], what)
+        raise self._failure(step, [batches[i] for i in bad], [losses[i] for i in bad], what)
 
     def _overflowed(self) -> bool:
         """Tell whether fp16 overflow may explain the gradients: the step is skipped, not wrong."""
@@ -186,7 +206,7 @@ class Trainer:
         self,
         step: int,
         batches: Sequence[Batch],
-        terms: Sequence[dict[str, Tensor]],
+        losses: Sequence[_Losses],
         what: str,
     ) -> NonFiniteError:
         suffix = f"_rank{rank()}" if world_size() > 1 else ""
@@ -197,7 +217,8 @@ class Trainer:
             "images": [image for batch in batches for image in batch.images],
             "masks": [target.masks for batch in batches for target in batch.targets],
             "labels": [target.labels for batch in batches for target in batch.targets],
-            "losses": [{name: value.item() for name, value in t.items()} for t in terms],
+            "losses": [{n: value.item() for n, value in f.terms.items()} for f in losses],
+            "costs": [[cost.cpu() for cost in found.costs] for found in losses],
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)

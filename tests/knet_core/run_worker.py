@@ -31,13 +31,17 @@ class Recorder:
             raise InterruptedError
 
 
-def run(recipe, output_dir, resume_from=None, stop_at=None):
+def run(recipe, output_dir, resume_from=None, stop_at=None, images_at_once=None):
     """Return what one `fit` told this worker, as plain values."""
     recorder = Recorder(stop_at)
     metrics = None
     with contextlib.suppress(InterruptedError):
         metrics = fit(
-            recipe, callbacks=[recorder], output_dir=output_dir, resume_from=resume_from
+            recipe,
+            callbacks=[recorder],
+            output_dir=output_dir,
+            resume_from=resume_from,
+            images_at_once=images_at_once,
         ).metrics
     return {
         "metrics": metrics,
@@ -96,6 +100,7 @@ def main(rank, world_size, folder):
     results = {
         "whole": run(recipe, folder / "whole"),
         "accumulating": run(accumulating, folder / "accumulating"),
+        "in_pieces": run(recipe, folder / "in_pieces", images_at_once=1),
         "interrupted": run(recipe, first, stop_at=2),
         "resumed": run(recipe, folder / "second", resume_from=first / "checkpoint_2"),
         "mean": mean_over_ranks(torch.tensor([float(rank), 1.0])).tolist(),

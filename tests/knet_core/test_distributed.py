@@ -97,6 +97,8 @@ def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
     assert [worker["whole"]["pictures"] for worker in workers] == [[True] * 2, [False] * 2]
     assert [worker["whole"]["checkpoints"] for worker in workers] == [[True] * 2, [False] * 2]
 
+    for worker in workers:  # gradients are exchanged once, after the last piece
+        assert worker["in_pieces"]["norms"] == pytest.approx(worker["whole"]["norms"], rel=1e-4)
     for worker in workers:  # bit for bit
         assert worker["interrupted"]["losses"] == worker["whole"]["losses"][:2]
         assert worker["resumed"]["losses"] == worker["whole"]["losses"][2:]

@@ -5,9 +5,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from knet_core import CheckpointError, ConfigError, NonFiniteError, fit, load_model
+from knet_core import (
+    CheckpointError,
+    ConfigError,
+    EvaluationMemoryError,
+    NonFiniteError,
+    TrainingMemoryError,
+    fit,
+    load_model,
+)
 from knet_core import engine as engine_module
 from knet_core.checkpoint_state import load_recipe, read_state
+from knet_core.models.knet import KNet
 
 TIMED = ("sys/images_per_s", "sys/data_wait", "bench/fps")
 
@@ -206,3 +215,78 @@ def test_an_evaluation_of_a_model_that_exploded_is_no_score(tiny_recipe, tmp_pat
     recipe = tiny_recipe(iterations=50, eval_every=1, optim={"lr": 1e30, "warmup_iterations": 0})
     with pytest.raises(NonFiniteError, match=r"scores of image 1 \(000000.png\) are not finite"):
         fit(recipe, output_dir=tmp_path)
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """Let the network run out of memory beyond some images, in training or in evaluation."""
+
+    def limit(images, *, training):
+        forward = KNet.forward
+
+        def run(self, batch):
+            if self.training == training and len(batch) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return forward(self, batch)
+
+        monkeypatch.setattr(KNet, "forward", run)
+
+    return limit
+
+
+def test_training_without_memory_says_with_how_many_images_to_go_on(
+    tiny_recipe, tmp_path, small_device
+):
+    recipe = tiny_recipe(iterations=2)
+    wanted = fit(recipe, output_dir=tmp_path / "wanted")
+    small_device(1, training=True)
+    for images, fewer in ((None, 2), (2, 1)):
+        with pytest.raises(TrainingMemoryError, match="step 1: no memory to train on") as error:
+            fit(recipe, output_dir=tmp_path / "short", images_at_once=images)
+        assert (error.value.fewer, str(error.value).count("\n")) == (fewer, 0)
+    result = fit(recipe, output_dir=tmp_path / "short", images_at_once=1)
+    assert result.metrics["train/loss"] == pytest.approx(wanted.metrics["train/loss"], rel=1e-5)
+
+
+def test_training_that_fits_no_single_image_ends_with_advice(tiny_recipe, tmp_path, small_device):
+    small_device(0, training=True)
+    with pytest.raises(TrainingMemoryError, match=r"on 1 image.*lower data\.short_edge") as error:
+        fit(tiny_recipe(), output_dir=tmp_path, images_at_once=1)
+    assert error.value.fewer is None
+
+
+def test_images_whose_statistics_train_together_are_never_parted(
+    tiny_recipe, tmp_path, small_device
+):
+    recipe = tiny_recipe()
+    backbone = dataclasses.replace(recipe.model.backbone, norm_eval=False)
+    model = dataclasses.replace(recipe.model, backbone=backbone)
+    small_device(1, training=True)
+    with pytest.raises(TrainingMemoryError, match="batch normalisation") as error:
+        fit(dataclasses.replace(recipe, model=model), output_dir=tmp_path)
+    assert error.value.fewer is None
+
+
+def test_an_evaluation_without_memory_goes_on_with_fewer_images(
+    tiny_recipe, tmp_path, small_device
+):
+    recipe = tiny_recipe(eval_every=2)
+    recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, batch_size=3))
+    wanted = fit(recipe, output_dir=tmp_path / "wanted")
+    small_device(1, training=False)
+    recorder = Recorder()
+    result = fit(recipe, callbacks=[recorder], output_dir=tmp_path / "short")
+    assert [report.eval_batch for report in recorder.reports] == [1, 1]
+    assert reproducible(result.metrics) == pytest.approx(reproducible(wanted.metrics))
+
+
+def test_an_image_too_large_to_evaluate_is_named(tiny_recipe, tmp_path, small_device):
+    small_device(0, training=False)
+    with pytest.raises(EvaluationMemoryError, match=r"one image at a time, of .*data\.short_edge"):
+        fit(tiny_recipe(), output_dir=tmp_path)
+
+
+def test_progress_is_heard_of_at_every_step_and_every_evaluated_batch(tiny_recipe, tmp_path):
+    heard = []
+    fit(tiny_recipe(), output_dir=tmp_path, on_progress=lambda: heard.append(None))
+    assert len(heard) == 4 + 2 * 3  # steps, and three images after two of them

@@ -120,6 +120,10 @@ def test_a_nan_cost_stops_with_image_ids_and_a_dump(make, batches, tiny_recipe, 
     ):
         assert torch.equal(masks, target.masks)
         assert torch.equal(labels, target.labels)
+    (costs,) = dump["costs"]
+    assert [cost.shape for cost in costs] == [(10, len(t.labels)) for t in batches[1].targets]
+    assert costs[0].isfinite().all()
+    assert costs[1].isnan().any()
 
 
 def test_a_full_disk_does_not_hide_a_nan(make, batches, tiny_recipe, monkeypatch):
@@ -148,6 +152,9 @@ def test_an_infinite_loss_names_the_micro_batch_and_keeps_its_terms(
     assert dump["image_ids"] == [info.image_id for info in batches[1].infos]
     assert dump["losses"][0]["seg"] == math.inf
     assert math.isfinite(dump["losses"][0]["stage0/dice"])
+    (costs,) = dump["costs"]
+    assert len(costs) == 2 * 2  # images x stages that were matched
+    assert all(cost.isfinite().all() for cost in costs)
 
 
 def test_a_nan_gradient_stops_although_the_loss_is_finite(make, batches, tiny_recipe, tmp_path):
