@@ -30,11 +30,20 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder where tests order faults of the cluster's workers (`faults/sitecustomize.py`)."""
+    return tmp_path_factory.mktemp("ordered")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(faults: Path) -> Iterator[str]:
     """A Ray cluster on this machine, connected to; gives its dashboard's address."""
     from knet_platform.cluster import prepare_environment
 
     prepare_environment()
+    os.environ["KNET_TEST_FAULTS"] = str(faults)
+    searched = [str(Path(__file__).parent / "faults"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, searched))
     # A job's command finds its python there, as on a cluster made from an image.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import ray

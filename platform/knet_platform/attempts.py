@@ -28,6 +28,16 @@ def claim(store: TrialStore, run_id: str) -> int:
     return attempts
 
 
+def revoke(store: TrialStore) -> None:
+    """Take the trial from its run: it does not begin, and workers under way stop when they report.
+
+    Raises:
+        StorageError: The store cannot be written.
+        DiskFullError: It is full.
+    """
+    _write(store, "", _read(store)[1])
+
+
 def begin(store: TrialStore, run_id: str) -> int:
     """Count one more attempt and return its number, from 1.
 

@@ -12,16 +12,17 @@ from typing import Any
 import ray.train
 import ray.tune
 from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import RayTrainError
 
 from knet_core import KNetError
-from knet_platform.attempts import begin, verify
-from knet_platform.failures import cause_of
+from knet_platform.attempts import SupersededError, begin, verify
+from knet_platform.failures import Policy, cause_of
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
-from knet_platform.worker import train_worker
+from knet_platform.worker import hang_reports, train_worker
 
-MAX_RETRIES = 2
-"""Attempts after one that made no progress; one that reached a new checkpoint counts anew."""
 KEPT_CHECKPOINTS = 2
+_RAYS_RECORD = "checkpoint_manager_snapshot.json"
+"""Where Ray Train notes a run's checkpoints; it is not written whole or not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,56 +37,78 @@ class TrialJob:
     workers: int
     cpus_per_worker: float
     gpus_per_worker: float
+    hang_minutes: float
+    """Without a step; 0 waits for ever."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
     """Run a trial to its end; failures are recorded and reported, not raised."""
     job = TrialJob(**config["job"])
-    store = Store(job.store_uri).trial(job.trial_hash)
+    try:
+        _run(job, Store(job.store_uri).trial(job.trial_hash))
+    except SupersededError:  # whoever took it over says how it goes on
+        ray.tune.report({"outcome": "stopped"})
+
+
+def _run(job: TrialJob, store: TrialStore) -> None:
     began = time.monotonic()
-    retries = 0
+    policy = Policy()
     while True:
         attempt = begin(store, job.run_id)
+        store.clear_failure()
         ray.tune.report({"attempt": attempt})
-        step = store.latest_step()
         try:
-            device = _fit(job, store)
+            device = _fit(job, store, attempt, policy.images_at_once)
             break
-        except (ray.train.TrainingFailedError, RayError, KNetError) as error:
-            cause = _cause(error)
-            retries = 0 if store.latest_step() > step else retries + 1
-            message = _one_line(cause)
-            if isinstance(cause, KNetError) or retries > MAX_RETRIES:
-                verify(store, job.run_id)
-                store.write_failure(
-                    Failure(
-                        cause=cause_of(cause),
-                        kind=type(cause).__name__,
-                        message=message,
-                        action="stopped the trial",
-                        attempt=attempt,
-                        step=store.latest_step(),
-                    )
-                )
-                ray.tune.report({"outcome": "failed", "reason": message})
+        except (ray.train.TrainingFailedError, RayTrainError, RayError, KNetError) as error:
+            verify(store, job.run_id)
+            if not _goes_on(store, attempt, _told_by_workers(error), policy):
                 return
-            ray.tune.report({"retry": message})
     verify(store, job.run_id)
-    result = _result(job, store, device, time.monotonic() - began)
+    result = _result(job, store, device, time.monotonic() - began, policy.images_at_once)
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
     ray.tune.report({"outcome": "finished", "points": [final]})
 
 
-def _fit(job: TrialJob, store: TrialStore) -> str:
+def _goes_on(store: TrialStore, attempt: int, error: Exception, policy: Policy) -> bool:
+    """Record a failure and what is done about it; tell whether the trial is tried again."""
+    cause, message = cause_of(error), _one_line(error)
+    if stacks := hang_reports(store, attempt):
+        cause = "hang"
+        message = f"no step for too long; stacks in {', '.join(stacks)} of {store.uri}"
+    step = store.latest_step()
+    decision = policy.decide(cause, error, step)
+    failure = Failure(
+        cause=cause,
+        kind=type(error).__name__,
+        message=message,
+        action=decision.action,
+        attempt=attempt,
+        step=step,
+    )
+    store.write_failure(failure, final=not decision.retry)
+    if decision.retry:
+        ray.tune.report({"retry": f"{message}; {decision.action}"})
+    else:
+        ray.tune.report({"outcome": "failed", "reason": message, "cause": cause})
+    return decision.retry
+
+
+def _fit(job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None) -> str:
     # Loads torch, which the process that runs the sweep can do without.
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    store.discard_cut_file(_RAYS_RECORD)
     # Ray's annotations describe its version 1.
     trainer: Any = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
-        train_loop_config=asdict(job),
+        train_loop_config={
+            **asdict(job),
+            "attempt": attempt,
+            "images_at_once": images_at_once,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers,
             use_gpu=job.gpus_per_worker > 0,
@@ -99,6 +122,7 @@ def _fit(job: TrialJob, store: TrialStore) -> str:
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
                 controller_failure_limit=0,  # type: ignore[call-arg]
+                max_preemption_failures=0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
@@ -107,7 +131,13 @@ def _fit(job: TrialJob, store: TrialStore) -> str:
     return str(trainer.fit().return_value)
 
 
-def _result(job: TrialJob, store: TrialStore, device: str, wall_seconds: float) -> TrialResult:
+def _result(
+    job: TrialJob,
+    store: TrialStore,
+    device: str,
+    wall_seconds: float,
+    images_at_once: int | None,
+) -> TrialResult:
     name, state = store.latest_checkpoint(), store.state()
     assert name is not None, "the last step of a fit saves"
     assert state is not None, "the last step of a fit saves"
@@ -124,10 +154,11 @@ def _result(job: TrialJob, store: TrialStore, device: str, wall_seconds: float) 
         device=device,
         workers=job.workers,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        micro_batch=images_at_once,
     )
 
 
-def _cause(error: Exception) -> Exception:
+def _told_by_workers(error: Exception) -> Exception:
     """Return the worker's error that explains the others."""
     if not isinstance(error, ray.train.WorkerGroupError):
         return getattr(error, "controller_failure", error)

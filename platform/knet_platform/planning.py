@@ -76,6 +76,9 @@ class Resources:
     cpus_per_worker: float = 1
     max_concurrent: int | None = None
     """Unset: as many as the cluster holds."""
+    hang_minutes: float = 15
+    """Without a step, after which a trial is ended and tried once more; its first step may take
+    four times that. 0 waits for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

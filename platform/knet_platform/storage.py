@@ -94,7 +94,8 @@ class TrialResult:
     finished_at: str
     """ISO 8601."""
     micro_batch: int | None = None
-    """Images of a worker at a time, where memory allowed fewer than the recipe asked for."""
+    """Images of a worker in memory at a time, where it allowed fewer than the recipe asked for;
+    the batch, and what is learnt from it, stay the same (`knet_core.pieces`)."""
 
 
 def _now() -> str:
@@ -221,6 +222,16 @@ class TrialStore:
         if provenance is not None and accelerator != provenance.accelerator:
             values = asdict(replace(provenance, accelerator=accelerator))
             self._write_json("provenance.json", values)
+
+    def discard_cut_file(self, relative: str) -> None:
+        """Delete a JSON file that its writer did not live to finish, if it is one."""
+        if relative not in self.list():
+            return
+        try:
+            json.loads(self.read_bytes(relative))
+        except ValueError:
+            with _explained(f"{self.uri}/{relative}", "write"):
+                self._filesystem.delete_file(f"{self._root}/{relative}")
 
     def latest_checkpoint(self) -> str | None:
         """Return the name of the newest checkpoint that has all its files."""

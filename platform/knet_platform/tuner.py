@@ -32,7 +32,7 @@ from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.provenance import capture
 from knet_platform.report import Report, build_report, write_report
 from knet_platform.source import read_source
-from knet_platform.storage import Evaluation, Failure, Store
+from knet_platform.storage import Cause, Evaluation, Failure, Store
 from knet_platform.tracking import Tracker
 
 DRIVER_RESTARTS = 2
@@ -140,6 +140,7 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
             workers=resources.workers,
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
+            hang_minutes=resources.hang_minutes,
         )
         for trial in todo
     ]
@@ -199,6 +200,11 @@ class _Bridge(ray.tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._running: set[str] = set()
+        self._finished: set[str] = set()
+        self._stopped: dict[str, str] = {}
+        """Reasons by hash of trials that need not be tried."""
+        self._refused: dict[str, list[Trial]] = {}
+        """Trials by the words in which their configuration was refused."""
         self._values: dict[str, dict[str, float]] = {trial.hash: {} for trial in todo}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,6 +226,27 @@ class _Bridge(ray.tune.Callback):
             self._end(ours)
         elif result.get("outcome") == "failed":
             self._end(ours, result["reason"])
+            self._stop_alike(ours, result["cause"], result["reason"])
+        elif result.get("outcome") == "stopped":
+            self._end(ours, self._stopped.get(ours.hash, "taken over by another run"))
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Record that a driver died and is started again."""
+        ours = self._trials[_name(trial)]
+        store = self._store.trial(ours.hash)
+        step = store.latest_step()
+        failure = Failure(
+            cause="preempted",
+            kind="DriverError",
+            message="the trial's driver died",
+            action=f"retried from step {step}",
+            attempt=self.attempts[ours.hash],
+            step=step,
+        )
+        store.write_failure(failure, final=False)
+        self._progress.note(f"{ours.name}  {failure.message}; {failure.action}")
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -239,6 +266,24 @@ class _Bridge(ray.tune.Callback):
         )
         store.write_failure(failure)
         self._end(ours, reason)
+
+    def _stop_alike(self, failed: Trial, cause: Cause, reason: str) -> None:
+        """Stop the trials that would fail in the same way, before they are paid for."""
+        if cause == "data":
+            shared, what = _same_data, "its data"
+        elif cause == "configuration":
+            arms = self._refused.setdefault(reason, [])
+            everywhere = any(not _in_common(failed, other) for other in arms)
+            arms.append(failed)
+            shared, what = (_any, "every arm") if everywhere else (_same_arm, f"arm {failed.arm}")
+        else:
+            return
+        for trial in self._trials.values():
+            ended = trial.hash in self.failed or trial.hash in self._finished
+            if ended or trial.hash in self._stopped or not shared(failed, trial):
+                continue
+            self._stopped[trial.hash] = f"stopped: {failed.name} found {what} unusable"
+            attempts.revoke(self._store.trial(trial.hash))
 
     def interrupt(self) -> None:
         """Close the runs of trials that are not finished; they can go on later."""
@@ -274,18 +319,42 @@ class _Bridge(ray.tune.Callback):
             self._progress.update(trial, moment)
 
     def _end(self, trial: Trial, failure: str | None = None) -> None:
+        started = trial.hash in self._running
         self._running.discard(trial.hash)
         if failure is not None:
             self.failed[trial.hash] = failure
-            self._tracker.finish_trial(trial.hash, "FAILED", failure)
-            self._progress.end(trial, f"failed: {failure}")
+            stopped = trial.hash in self._stopped
+            if not stopped or started:
+                self._tracker.finish_trial(trial.hash, "KILLED" if stopped else "FAILED", failure)
+            self._progress.end(trial, failure if stopped else f"failed: {failure}")
             return
+        self._finished.add(trial.hash)
         self._tracker.finish_trial(trial.hash, "FINISHED")
         name = self._sweep.metric.name
         value = self._values[trial.hash].get(name)
         self._progress.end(
             trial, "finished" if value is None else f"finished  {show_metric(name, value)}"
         )
+
+
+def _same_data(one: Trial, other: Trial) -> bool:
+    return one.recipe.data == other.recipe.data
+
+
+def _same_arm(one: Trial, other: Trial) -> bool:
+    return one.arm == other.arm
+
+
+def _any(one: Trial, other: Trial) -> bool:
+    return True
+
+
+def _in_common(one: Trial, other: Trial) -> bool:
+    """Tell whether two trials' arms set the same key to the same value, or are one arm."""
+    return one.arm == other.arm or any(
+        key in other.overrides and other.overrides[key] == value
+        for key, value in one.overrides.items()
+    )
 
 
 def _catch_up(sweep: Sweep, todo: Sequence[Trial], store: Store, tracker: Tracker) -> None:

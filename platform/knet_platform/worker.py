@@ -1,7 +1,10 @@
 """One Ray Train worker: the only file that knows both Ray Train and `knet_core.fit`."""
 
+import fnmatch
+import math
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import ray.train
 from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import verify
 from knet_platform.provenance import accelerator
-from knet_platform.storage import FAILURES, Store, TrialStore
+from knet_platform.storage import FAILURES, Failure, Store, TrialStore
+from knet_platform.watchdog import Watchdog
 
 PICTURES = "pictures"
 
@@ -20,7 +24,8 @@ def train_worker(config: dict[str, Any]) -> str:
     """Train one trial's share, from its newest checkpoint, and return the device's name.
 
     Args:
-        config: `recipe` (plain values), `store_uri`, `trial_hash` and `run_id`.
+        config: `recipe` (plain values), `store_uri`, `trial_hash`, `run_id`, `attempt`,
+            `images_at_once` (None: as the recipe asks) and `hang_minutes`.
     """
     import torch
     from ray.train.torch import get_device
@@ -30,11 +35,24 @@ def train_worker(config: dict[str, Any]) -> str:
     store = Store(config["store_uri"]).trial(config["trial_hash"])
     recipe = Recipe.from_dict(config["recipe"])
     resumed = ray.train.get_checkpoint()
-    reporter = RayReporter(store, config["run_id"], Path(resumed.path).name if resumed else "")
+    if resumed is None and (name := store.latest_checkpoint()):  # Ray Train lost its record
+        resumed = ray.train.Checkpoint(f"{store.uri}/{name}")
+    watchdog = Watchdog(
+        config["hang_minutes"] * 60 or math.inf,
+        lambda stacks: store.write_bytes(_stacks_name(config["attempt"]), stacks),
+    )
+    reporter = RayReporter(
+        store,
+        config["run_id"],
+        attempt=config["attempt"],
+        eval_batch=recipe.eval.batch_size,
+        resumed_from=Path(resumed.path).name if resumed else "",
+    )
     device = get_device()
     if ray.train.get_context().get_world_rank() == 0:
         store.write_accelerator(accelerator())
     with (
+        watchdog,
         tempfile.TemporaryDirectory(prefix="knet-") as folder,
         resumed.as_directory() if resumed else nullcontext() as start,
     ):
@@ -47,6 +65,8 @@ def train_worker(config: dict[str, Any]) -> str:
                 output_dir=scratch,
                 resume_from=resume_from,
                 device=device,
+                images_at_once=config["images_at_once"],
+                on_progress=watchdog.beat,
             )
         except NonFiniteError as error:
             raise NonFiniteError(_keep_dumps(str(error), scratch, store)) from error
@@ -56,9 +76,19 @@ def train_worker(config: dict[str, Any]) -> str:
 class RayReporter:
     """Hands reports to Ray Train: metrics as they are, checkpoints and pictures to the store."""
 
-    def __init__(self, store: TrialStore, run_id: str, resumed_from: str) -> None:
+    def __init__(
+        self,
+        store: TrialStore,
+        run_id: str,
+        *,
+        attempt: int,
+        eval_batch: int,
+        resumed_from: str,
+    ) -> None:
         self._store = store
         self._run_id = run_id
+        self._attempt = attempt
+        self._eval_batch = eval_batch
         self._resumed_from = resumed_from
 
     def on_report(self, report: Report) -> None:
@@ -74,6 +104,8 @@ class RayReporter:
             metrics["points"].append(evaluation)
         if first:
             verify(self._store, self._run_id)
+            if report.eval_batch is not None:
+                self._note_eval_batch(report.eval_batch)
         if report.picture is not None:
             metrics["picture"] = picture_name(report.step)
             self._store.write_bytes(metrics["picture"], report.picture)
@@ -87,6 +119,21 @@ class RayReporter:
             checkpoint = ray.train.Checkpoint.from_directory(str(report.checkpoint))
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
+    def _note_eval_batch(self, batch: int) -> None:
+        """Record once to how many images at a time memory limits the evaluation."""
+        if batch == self._eval_batch:
+            return
+        failure = Failure(
+            cause="out_of_memory_evaluation",
+            kind="OutOfMemoryError",
+            message=f"no memory to evaluate {self._eval_batch} images of a worker at a time",
+            action=f"evaluated {batch} at a time",
+            attempt=self._attempt,
+            step=self._store.latest_step(),
+        )
+        self._store.write_failure(failure, final=False)
+        self._eval_batch = batch
+
 
 def picture_name(step: int) -> str:
     """Return where a trial's probe picture of `step` lies below its folder."""
@@ -96,6 +143,17 @@ def picture_name(step: int) -> str:
 def stage_picture_name(step: int) -> str:
     """Return where the masks after every update lie below a trial's folder."""
     return f"{PICTURES}/stages_{step:06d}.png"
+
+
+def _stacks_name(attempt: int) -> str:
+    rank = ray.train.get_context().get_world_rank()
+    return f"{FAILURES}/hang_attempt{attempt}_rank{rank}.txt"
+
+
+def hang_reports(store: TrialStore, attempt: int) -> Sequence[str]:
+    """Return where below the trial's folder the workers of a hung attempt left their stacks."""
+    names = fnmatch.filter(store.list(FAILURES), f"hang_attempt{attempt}_rank*.txt")
+    return [f"{FAILURES}/{name}" for name in names]
 
 
 def _keep_dumps(message: str, scratch: Path, store: TrialStore) -> str:

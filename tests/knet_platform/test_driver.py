@@ -9,7 +9,7 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from knet_core import DataError
-from knet_platform.driver import _cause, _one_line
+from knet_platform.driver import _one_line, _told_by_workers
 
 SYMPTOM = UserExceptionWithTraceback(RuntimeError("connection closed\nby peer"), "traceback")
 DEATH = WorkerHealthCheckFailedError("a check failed", RayActorError())
@@ -26,8 +26,11 @@ OURS = UserExceptionWithTraceback(DataError("image.jpg: cut short"), "traceback"
 )
 def test_the_telling_error_is_one_line(failures: tuple[Exception, ...], line: str) -> None:
     error = WorkerGroupError("several", dict(enumerate(failures)))
-    assert _one_line(_cause(error)) == line
+    assert _one_line(_told_by_workers(error)) == line
 
 
 def test_a_controllers_failure_is_its_cause() -> None:
-    assert _one_line(_cause(ControllerError(ValueError("no node")))) == "ValueError: no node"
+    assert (
+        _one_line(_told_by_workers(ControllerError(ValueError("no node"))))
+        == "ValueError: no node"
+    )

@@ -1,0 +1,248 @@
+"""Every class of failures, injected into real trials of a real cluster, and what follows."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from knet_core import make_shapes
+from knet_platform.cli.main import main
+from knet_platform.planning import Trial, load_sweep
+from knet_platform.storage import Store, TrialStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+RECIPE = """\
+data:
+  format: shapes
+  shapes: {num_train: 16, num_val: 4, size: 64}
+  short_edge: [64, 64]
+  long_edge: 64
+  num_workers: 0
+model:
+  backbone: {name: test_resnet, pretrained: false}
+  channels: 32
+  num_kernels: 8
+  num_heads: 4
+  ffn_channels: 64
+  stages: 1
+train: {iterations: 8, batch_size: 4, log_every: 1, eval_every: 4, checkpoint_every: 2}
+eval: {batch_size: 2, fps_iterations: 0, probe_images: 0}
+"""
+# A threshold of panoptic maps changes nothing for instances but the trial's identity.
+FAULTS = {
+    "clean": {},
+    "interrupted": {"kill_worker": 3, "kill_driver": 5, "hang": 7},
+    "short_of_memory": {"train_limit": 1, "eval_limit": 1},
+    "nan": {"nan": 5},
+}
+SWEEP = """\
+name: faults
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+baseline: clean
+resources: {workers: 2, hang_minutes: 0.5}
+arms:
+""" + "".join(
+    f"  {arm}: {{eval.score_threshold: 0.{number + 1}}}\n" for number, arm in enumerate(FAULTS)
+)
+UNUSABLE = """\
+name: unusable
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+baseline: good
+seeds: [0, 1]
+resources: {max_concurrent: 1}
+arms:
+  refused: {model.backbone.checkpoint: nowhere.safetensors}
+  good: {}
+  better: {eval.score_threshold: 0.2}
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A sweep that was run to its end."""
+
+    code: int
+    trials: dict[str, Trial]
+    """By name, `arm/seed`."""
+    runs: dict[str, Run]
+    store: Store
+
+    def trial(self, name: str) -> TrialStore:
+        return self.store.trial(self.trials[name].hash)
+
+    def attempts(self) -> dict[str, str]:
+        return {
+            name: run.data.tags["attempt"]
+            for name, run in self.runs.items()
+            if "attempt" in run.data.tags
+        }
+
+
+def run(folder: Path, sweep_file: str, faults: Path | None = None) -> Done:
+    sweep = load_sweep(folder / sweep_file)
+    for trial in sweep.trials if faults else ():
+        for fault, value in FAULTS[trial.arm].items():
+            (faults / trial.hash).mkdir(exist_ok=True)
+            (faults / trial.hash / fault).write_text(str(value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KNET_HOME", str(folder / "home"))
+        for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        code = main(["run", str(folder / sweep_file)])
+    client = MlflowClient(f"sqlite:///{folder}/home/mlflow.db")
+    experiment = client.get_experiment_by_name(sweep.name)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    runs = {str(item.info.run_name): item for item in found}
+    assert len(runs) == len(found), "one run of MLflow for each trial"
+    return Done(
+        code=code,
+        trials={trial.name: trial for trial in sweep.trials},
+        runs=runs,
+        store=Store(f"{folder}/home/storage"),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(ray_cluster: str, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "faults.yaml").write_text(SWEEP)
+    return run(folder, "faults.yaml", faults)
+
+
+def learnt(store: TrialStore) -> dict[str, float]:
+    """Return what a finished trial measured of its model, to the last bit."""
+    result = store.result()
+    assert result is not None
+    assert result.step == 8
+    return {name: value for name, value in result.metrics.items() if not name.startswith("sys/")}
+
+
+def test_one_run_for_each_trial_and_only_what_cannot_go_on_fails(done: Done) -> None:
+    assert done.code == 3
+    names = {f"{arm}/0" for arm in FAULTS}
+    assert set(done.runs) == {"faults", *names}
+    for name in names:
+        assert done.runs[name].info.status == ("FAILED" if name == "nan/0" else "FINISHED")
+    assert done.attempts() == {
+        "clean/0": "1",
+        "interrupted/0": "4",
+        "short_of_memory/0": "2",
+        "nan/0": "1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("clean/0", []),
+        (
+            "interrupted/0",
+            [
+                ("preempted", "retried from step 2", 1),
+                ("preempted", "retried from step 4", 2),
+                ("hang", "retried from step 6", 3),
+            ],
+        ),
+        (
+            "short_of_memory/0",
+            [
+                ("out_of_memory_training", "same batch in pieces of 1, from step 0", 1),
+                ("out_of_memory_evaluation", "evaluated 1 at a time", 2),
+            ],
+        ),
+        ("nan/0", [("non_finite", "stopped the trial", 1)]),
+    ],
+)
+def test_what_happened_and_what_was_done_is_on_record(
+    done: Done, name: str, record: list[tuple[str, str, int]]
+) -> None:
+    failures = done.trial(name).failures()
+    assert [(item.cause, item.action, item.attempt) for item in failures] == record
+
+
+def test_what_was_killed_and_hung_within_epochs_ends_as_if_it_had_not_been(done: Done) -> None:
+    assert learnt(done.trial("interrupted/0")) == learnt(done.trial("clean/0"))
+    weights = [
+        done.trial(name).read_bytes("checkpoint_8/model.safetensors")
+        for name in ("interrupted/0", "clean/0")
+    ]
+    assert weights[0] == weights[1]
+    client = MlflowClient(f"sqlite:///{Path(done.store.uri).parent}/mlflow.db")
+    interrupted, clean = (
+        {
+            point.step: point.value
+            for point in client.get_metric_history(done.runs[name].info.run_id, "train/loss")
+        }
+        for name in ("interrupted/0", "clean/0")
+    )
+    assert list(clean) == list(range(1, 9))
+    assert interrupted == clean
+
+
+def test_every_worker_of_a_hung_trial_leaves_its_stacks(done: Done) -> None:
+    store = done.trial("interrupted/0")
+    stacks = [name for name in store.list("failures") if name.startswith("hang_")]
+    assert stacks == ["hang_attempt3_rank0.txt", "hang_attempt3_rank1.txt"]
+    texts = [store.read_bytes(f"failures/{name}").decode() for name in stacks]
+    assert any("sitecustomize.py" in text and "in step" in text for text in texts)
+    assert all("in train_worker" in text for text in texts)
+    assert "hang_attempt3_rank0.txt" in store.failures()[-1].message
+
+
+def test_too_little_memory_changes_how_not_what_is_learnt(done: Done) -> None:
+    store, clean = done.trial("short_of_memory/0"), done.trial("clean/0")
+    assert [trial.result().micro_batch for trial in (store, clean)] == [1, None]
+    assert learnt(store) == pytest.approx(learnt(clean), rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_what_explains_it(done: Done) -> None:
+    store = done.trial("nan/0")
+    failure = store.failure()
+    assert failure is not None
+    assert failure == store.failures()[0]
+    dumps = [name for name in store.list("failures") if name.endswith(".pt")]
+    assert dumps
+    assert any(name in failure.message for name in dumps)
+    dump = torch.load(io.BytesIO(store.read_bytes(f"failures/{dumps[0]}")), weights_only=True)
+    assert len(dump["image_ids"]) == len(dump["images"]) == 2
+    assert dump["costs"][0][0].isnan().any()
+    assert dump["step"] == 6
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder with a recipe whose training images lie in files."""
+    make_shapes(tmp_path / "shapes", num_train=4, num_val=2, size=64, seed=0)
+    data = f"  format: coco\n  root: {tmp_path}/shapes\n"
+    lines = RECIPE.splitlines(keepends=True)
+    kept = [line for line in lines if "format:" not in line and "shapes:" not in line]
+    (tmp_path / "recipe.yaml").write_text("".join([kept[0], data, *kept[1:]]))
+    return tmp_path
+
+
+def test_what_cannot_be_used_stops_whatever_shares_it(ray_cluster: str, photographs: Path) -> None:
+    """The refused arm stops its other seed, the broken image every trial that is left."""
+    (broken, *_) = sorted((photographs / "shapes").glob("**/train*/*.*g"))
+    broken.write_bytes(broken.read_bytes()[:-200])
+    (photographs / "unusable.yaml").write_text(UNUSABLE)
+    done = run(photographs, "unusable.yaml")
+    assert done.code == 3
+    assert done.attempts() == {"refused/0": "1", "good/0": "1"}
+    refused, spoilt = (done.trial(name).failure() for name in ("refused/0", "good/0"))
+    assert refused is not None
+    assert (refused.cause, refused.action) == ("configuration", "stopped the arm")
+    assert "nowhere.safetensors" in refused.message
+    assert spoilt is not None
+    assert (spoilt.cause, spoilt.action) == ("data", "stopped every trial of the same data")
+    assert broken.name in spoilt.message
+    others = ("refused/1", "better/0", "good/1", "better/1")
+    assert {done.trial(name).status() for name in others} == {"new"}

@@ -1,0 +1,111 @@
+"""Faults on demand in the processes of a test's Ray cluster, which have this folder in PYTHONPATH.
+
+Nothing of the product knows of it: every Python process imports a module of this name when it
+starts. A test writes `$KNET_TEST_FAULTS/<trial hash>/<fault>`:
+
+    kill_worker, kill_driver, hang   number of the step at which it happens, once, on one worker
+    nan                              number of the step from which images are NaN
+    train_limit, eval_limit          images of a pass beyond which the device has no memory
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Wraps one function of one module as soon as that is imported."""
+
+    def __init__(self, module, name, wrap):
+        self.module, self.name, self.wrap = module, name, wrap
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            setattr(module, self.name, self.wrap(getattr(module, self.name)))
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _faults(trial_hash):
+    return Path(os.environ["KNET_TEST_FAULTS"], trial_hash)
+
+
+def _faulty_driver(run_trial):
+    @functools.wraps(run_trial)
+    def run(config):
+        faults = _faults(config["job"]["trial_hash"])
+        if faults.is_dir():
+            (faults / "driver.pid").write_text(str(os.getpid()))
+        run_trial(config)
+
+    return run
+
+
+def _faulty_worker(train_worker):
+    @functools.wraps(train_worker)
+    def run(config):
+        faults = _faults(config["trial_hash"])
+        if faults.is_dir():
+            _install(faults, Path(config["store_uri"], "trials", config["trial_hash"]))
+        return train_worker(config)
+
+    return run
+
+
+def _install(faults, folder):
+    import torch
+
+    from knet_core.models.knet import KNet
+    from knet_core.trainer import Trainer
+
+    do_step, forward = Trainer.step, KNet.forward
+
+    def is_due(name, step):
+        """Tell one worker, once."""
+        fault = faults / name
+        if not fault.exists() or step != int(fault.read_text()):
+            return False
+        try:
+            fault.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def step(self, number, batches):
+        if is_due("kill_worker", number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if is_due("kill_driver", number):
+            record = folder / "checkpoint_manager_snapshot.json"
+            record.write_bytes(record.read_bytes()[:100])  # it died while Ray Train wrote it
+            os.kill(int((faults / "driver.pid").read_text()), signal.SIGKILL)
+        if is_due("hang", number):
+            time.sleep(3600)
+        if (nan := faults / "nan").exists() and number >= int(nan.read_text()):
+            batches[0].images[0] = float("nan")
+        return do_step(self, number, batches)
+
+    def run(self, images):
+        limit = faults / ("train_limit" if self.training else "eval_limit")
+        if limit.exists() and len(images) > int(limit.read_text()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, images)
+
+    Trainer.step, KNet.forward = step, run
+
+
+if "KNET_TEST_FAULTS" in os.environ:
+    sys.meta_path.insert(0, _Finder("knet_platform.worker", "train_worker", _faulty_worker))
+    sys.meta_path.insert(0, _Finder("knet_platform.driver", "run_trial", _faulty_driver))
