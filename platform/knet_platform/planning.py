@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,6 +40,7 @@ _KEYS = (
     "baseline",
     "arms",
     "grid",
+    "scales",
     "paper",
     "resources",
     "scheduler",
@@ -79,6 +80,17 @@ class Resources:
     hang_minutes: float = 15
     """Without a step, after which a trial is ended and tried once more; its first step may take
     four times that. 0 waits for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arm:
+    """What a sweep file says of one arm."""
+
+    base: str | None
+    """Its recipe: its own `base:`, else the sweep's. None where that is no file name."""
+    settings: dict[str, Any]
+    at_scale: dict[str, Any]
+    """What `scales:` sets instead at the scale in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +169,7 @@ def load_sweep(
             scale_path = _find_scale(path, scale)
             scale_values = read_yaml(scale_path)
     name = reader.name()
-    arms = reader.arms()
+    arms = reader.arms(scale_path.stem if scale_path else None)
     baseline = reader.baseline(arms)
     metric = reader.metric()
     paper = reader.paper(arms)
@@ -174,7 +186,7 @@ def load_sweep(
             problems.append(f"{COMMAND_LINE}: --seeds: expected at least 1, got {seeds}")
         chosen = tuple(range(seeds))
 
-    layers = _layers(path, values, arms, scale_path, scale_values, overrides, problems)
+    layers = _layers(path, arms, scale_path, scale_values, overrides, problems)
     if problems:
         raise ConfigError(problems)
     recipes: dict[str, Recipe] = {}
@@ -200,7 +212,7 @@ def load_sweep(
                 sweep=name,
                 arm=arm,
                 seed=seed,
-                overrides=arms[arm],
+                overrides=arms[arm].settings | arms[arm].at_scale,
                 recipe=seeded,
                 hash=trial_hash(seeded, fingerprints[recipe.data]),
             )
@@ -243,33 +255,35 @@ def _find_scale(sweep: Path, scale: str) -> Path:
 
 def _layers(
     path: Path,
-    values: Mapping[str, Any],
-    arms: Mapping[str, Mapping[str, Any]],
+    arms: Mapping[str, _Arm],
     scale_path: Path | None,
     scale_values: Mapping[str, Any],
     overrides: Sequence[str],
     problems: list[str],
 ) -> dict[str, tuple[Layer, ...]]:
-    """Return each arm's layers: recipe < scale < arm < command line."""
-    shared: list[Layer] = []
-    last: tuple[Layer, ...] = ()
-    base = values.get("base")
-    if not isinstance(base, str):
-        problems.append(f"{path}: base: expected a recipe file beside the sweep, got {base!r}")
-    else:
+    """Return each arm's layers: recipe < scale < arm < arm at that scale < command line."""
+    recipes: dict[str | None, tuple[Layer, ...]] = {None: ()}
+    for base in dict.fromkeys(arm.base for arm in arms.values() if arm.base):
         with collecting(problems):
-            shared.extend(file_layers(path.parent / base))
+            recipes[base] = file_layers(path.parent / base)
+    scaled: tuple[Layer, ...] = ()
     if scale_path is not None:
         with collecting(problems):
-            shared.extend(scale_layers(scale_path, scale_values))
+            scaled = scale_layers(scale_path, scale_values)
+    last: tuple[Layer, ...] = ()
     with collecting(problems):
         last = override_layers(overrides)
     stacks: dict[str, tuple[Layer, ...]] = {}
-    for arm, settings in arms.items():
+    settings = list(last)
+    for name, arm in arms.items():
         with collecting(problems):
-            layers = mapping_layers(f"{path}: arms.{arm}", settings, folder=path.parent)
-            stacks[arm] = (*shared, *layers, *last)
-    for layer in itertools.chain(last, *(stack[len(shared) :] for stack in stacks.values())):
+            own = mapping_layers(f"{path}: arms.{name}", arm.settings, folder=path.parent)
+            if arm.at_scale and scale_path is not None:
+                source = f"{path}: scales.{scale_path.stem}.{name}"
+                own += mapping_layers(source, arm.at_scale, folder=path.parent)
+            settings.extend(own)
+            stacks[name] = (*recipes.get(arm.base, ()), *scaled, *own, *last)
+    for layer in settings:
         if "seed" in layer.values:
             problems.append(
                 f"{layer.source}: seed: a sweep runs every arm with its seeds; "
@@ -386,7 +400,44 @@ class _Reader:
             self._wrong(key, f"seed {twice[0]} is listed twice")
         return tuple(values)
 
-    def arms(self) -> dict[str, dict[str, Any]]:
+    def arms(self, scale: str | None) -> dict[str, _Arm]:
+        """Return every arm, with what it sets at the scale of that name."""
+        settings = self._settings()
+        at_scale = self._at_scale(scale, settings)
+        default = self._base("base", self._values)
+        return {
+            name: _Arm(
+                base=self._base(f"arms.{name}.base", values) if "base" in values else default,
+                settings={key: value for key, value in values.items() if key != "base"},
+                at_scale=at_scale.get(name, {}),
+            )
+            for name, values in settings.items()
+        }
+
+    def _base(self, key: str, values: Mapping[str, Any]) -> str | None:
+        base = values.get("base")
+        if isinstance(base, str):
+            return base
+        self._wrong(key, f"expected a recipe file beside the sweep, got {base!r}")
+        return None
+
+    def _at_scale(self, scale: str | None, arms: Collection[str]) -> dict[str, dict[str, Any]]:
+        chosen: dict[str, dict[str, Any]] = {}
+        for name, changes in self._mapping("scales").items():
+            if not isinstance(changes, dict):
+                self._wrong(f"scales.{name}", f"expected {{arm: settings}}, got {changes!r}")
+                continue
+            for arm, settings in changes.items():
+                key = f"scales.{name}.{arm}"
+                if arm not in arms:
+                    self._wrong(key, f"is not an arm{suggestion(arm, arms)}")
+                elif not isinstance(settings, dict):
+                    self._wrong(key, f"expected {{key: value}}, got {settings!r}")
+                elif name == scale:
+                    chosen[arm] = settings
+        return chosen
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
         """Return what every arm sets: those of `arms:`, then every combination of `grid:`."""
         arms = dict(self._mapping("arms", required="grid" not in self._values))
         for name, settings in arms.items():
