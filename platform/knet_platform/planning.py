@@ -425,7 +425,7 @@ class _Reader:
         chosen: dict[str, dict[str, Any]] = {}
         for name, changes in self._mapping("scales").items():
             if not isinstance(changes, dict):
-                self._wrong(f"scales.{name}", f"expected {{arm: settings}}, got {changes!r}")
+                self._wrong(f"scales.{name}", f"expected {{arm: {{key: value}}}}, got {changes!r}")
                 continue
             for arm, settings in changes.items():
                 key = f"scales.{name}.{arm}"

@@ -1,14 +1,12 @@
 """A sweep file in, trials out; or every problem of the file at once."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from knet_core import ConfigError, DataError
-from knet_platform.planning import Paper, Resources, load_sweep
+from knet_platform.planning import Resources, load_sweep
 
 ROOT = Path(__file__).parents[2]
 STAGES = ROOT / "sweeps" / "stages.yaml"
@@ -197,6 +195,53 @@ def test_what_is_not_the_same_everywhere_is_refused_arm_by_arm(sweep):
     assert second.startswith("arms.one: data.train.images: '/home/me/images' is a path of one")
 
 
+def test_an_arm_may_name_its_own_recipe_and_the_scale_still_wins_over_it(sweep, tmp_path):
+    (tmp_path / "deep.yaml").write_text(
+        "base: recipe.yaml\nmodel: {stages: 5, num_kernels: 20}\ntrain: {iterations: 30}\n"
+    )
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales/tiny.yaml").write_text("recipe: {model: {num_kernels: 4}}\n")
+    path = sweep(arms={"three": {}, "deep": {"base": "deep.yaml", "optim.lr": 1.0}})
+    for scale, kernels in ((None, 20), ("tiny", 4)):
+        _, deep = load_sweep(path, scale=scale, seeds=1).trials
+        assert (deep.recipe.model.stages, deep.recipe.train.iterations) == (5, 30)
+        assert deep.recipe.model.num_kernels == kernels
+        assert deep.overrides == {"optim.lr": 1.0}
+
+
+def test_arms_may_be_other_ones_at_a_scale_and_only_there(sweep, tmp_path):
+    scale = tmp_path / "tiny.yaml"
+    scale.write_text("recipe: {model: {stages: 2}}\n")
+    path = sweep(
+        arms={"one": {"model.stages": 1, "optim.lr": 1.0}, "three": {}},
+        scales={"tiny": {"one": {"model.stages": 5}}, "other": {"three": {"model.stages": 6}}},
+    )
+    assert [trial.recipe.model.stages for trial in load_sweep(path, seeds=1).trials] == [1, 3]
+    one, three = load_sweep(path, scale=str(scale), seeds=1).trials
+    assert (one.recipe.model.stages, one.recipe.optim.lr) == (5, 1.0)
+    assert one.overrides == {"model.stages": 5, "optim.lr": 1.0}
+    assert three.recipe.model.stages == 2
+    over = load_sweep(path, scale=str(scale), seeds=1, overrides=["model.stages=4"])
+    assert over.trials[0].recipe.model.stages == 4
+
+
+def test_problems_of_an_arms_recipe_and_of_its_stand_ins_are_named(sweep, tmp_path):
+    scale = tmp_path / "tiny.yaml"
+    scale.write_text("recipe: {model: {stages: 2}}\n")
+    path = sweep(
+        arms={"one": {"base": 3}, "three": {}, "two": {"base": "gone.yaml"}},
+        scales={"tiny": {"on": {}, "two": 5, "three": {"model.stage": 1}}, "big": 1},
+    )
+    assert problems_of(path, scale=str(scale)) == [
+        "scales.tiny.on: is not an arm; did you mean 'one'?",
+        "scales.tiny.two: expected {key: value}, got 5",
+        "scales.big: expected {arm: {key: value}}, got 1",
+        "arms.one.base: expected a recipe file beside the sweep, got 3",
+        f"{tmp_path}/gone.yaml: cannot read the file (No such file or directory)",
+        "scales.tiny.three: model.stage: unknown key; did you mean 'model.stages'?",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -244,30 +289,3 @@ def test_missing_data_is_a_data_error(monkeypatch, tmp_path):
     monkeypatch.setenv("KNET_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"data\.root: no folder"):
         load_sweep(STAGES)
-
-
-def test_stages_is_the_papers_table_4c():
-    loaded = load_sweep(STAGES, overrides=SHAPES)
-    assert loaded.title == "Rounds of kernel update (K-Net, Table 4c)"
-    assert loaded.arms == ("1", "2", "3", "4", "5")
-    assert [trial.recipe.model.stages for trial in loaded.trials] == [1, 2, 3, 4, 5]
-    assert isinstance(loaded.paper, Paper)
-    assert loaded.paper.rows["3"] == (34.1, 55.3, 35.7, 21.2)
-    assert list(loaded.paper.columns.values()) == ["AP", "AP50", "AP75", "FPS"]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.name)
-@pytest.mark.parametrize("scale", [None, "laptop"])
-def test_every_shipped_sweep_loads_and_can_be_executed(path, scale):
-    assert load_sweep(path, scale=scale, overrides=SHAPES).trials
-    assert path.read_text().startswith("#!/usr/bin/env -S knet run\n")
-    assert os.access(path, os.X_OK)
-
-
-def test_git_keeps_sweeps_executable():
-    listed = subprocess.run(
-        ["git", "ls-files", "--stage", "sweeps/*.yaml"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    top = [line for line in listed if line.partition("\t")[2].count("/") == 1]
-    assert all(line.startswith("100755") for line in top)
