@@ -1,0 +1,34 @@
+"""A shipped sweep of another task than the demo's, on a real cluster."""
+
+from pathlib import Path
+
+import pytest
+
+from knet_platform.cli.main import main
+from knet_platform.planning import load_sweep
+from knet_platform.storage import Store
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ROOT / "sweeps" / "panoptic_design.yaml"
+SCALE = str(ROOT / "tests" / "end_to_end" / "tiny.yaml")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_arm_is_trained_and_judged_by_panoptic_quality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("KNET_HOME", str(home))
+    for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["run", str(SWEEP), "--scale", SCALE]) == 0
+    for trial in load_sweep(SWEEP, scale=SCALE).trials:
+        result = Store(str(home / "storage")).trial(trial.hash).result()
+        assert result is not None
+        assert 0 <= result.metrics["val/PQ"] <= 1
+    header, _, *rows = (home / "reports" / "panoptic_design" / "table.md").read_text().split("\n")
+    assert "PQ" in header
+    for arm in ("published (baseline)", "one_branch", "separate_pasting", "no_ranking"):
+        assert any(arm in row for row in rows)
