@@ -88,9 +88,15 @@ class _Arm:
 
     base: str | None
     """Its recipe: its own `base:`, else the sweep's. None where that is no file name."""
-    settings: dict[str, Any]
+    stated: dict[str, Any]
+    """All that stands under its name."""
     at_scale: dict[str, Any]
     """What `scales:` sets instead at the scale in use."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what it sets on its recipe."""
+        return {key: value for key, value in self.stated.items() if key != "base"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +107,7 @@ class Trial:
     arm: str
     seed: int
     overrides: dict[str, Any]
-    """What the arm sets, as dotted keys."""
+    """What the arm sets, as dotted keys, and as `base` the recipe that it names."""
     recipe: Recipe
     hash: str
     """16 hex digits."""
@@ -212,7 +218,7 @@ def load_sweep(
                 sweep=name,
                 arm=arm,
                 seed=seed,
-                overrides=arms[arm].settings | arms[arm].at_scale,
+                overrides=arms[arm].stated | arms[arm].at_scale,
                 recipe=seeded,
                 hash=trial_hash(seeded, fingerprints[recipe.data]),
             )
@@ -408,7 +414,7 @@ class _Reader:
         return {
             name: _Arm(
                 base=self._base(f"arms.{name}.base", values) if "base" in values else default,
-                settings={key: value for key, value in values.items() if key != "base"},
+                stated=values,
                 at_scale=at_scale.get(name, {}),
             )
             for name, values in settings.items()

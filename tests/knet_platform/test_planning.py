@@ -206,7 +206,7 @@ def test_an_arm_may_name_its_own_recipe_and_the_scale_still_wins_over_it(sweep, 
         _, deep = load_sweep(path, scale=scale, seeds=1).trials
         assert (deep.recipe.model.stages, deep.recipe.train.iterations) == (5, 30)
         assert deep.recipe.model.num_kernels == kernels
-        assert deep.overrides == {"optim.lr": 1.0}
+        assert deep.overrides == {"base": "deep.yaml", "optim.lr": 1.0}
 
 
 def test_arms_may_be_other_ones_at_a_scale_and_only_there(sweep, tmp_path):

@@ -13,6 +13,8 @@ from knet_core.data import collate
 from knet_platform.cli.main import main
 from knet_platform.config import load_recipe, read_yaml
 from knet_platform.planning import Resources, load_sweep
+from knet_platform.report import build_report
+from knet_platform.storage import Store
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "sweeps"
@@ -197,6 +199,21 @@ def test_an_arm_as_published_is_the_recipe_it_stands_for(name):
     assert {arm: recipes[arm] for arm in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"stages": "3", "kernels": "100", "head": "both", "positional": "encoding"},
+        {"semantic_stages": "0", "semantic_methods": "FCN"},
+        {"semantic_stages": "3", "semantic_methods": "FCN+K-Net"},
+    ],
+)
+def test_a_run_that_several_sweeps_share_is_one_trial(arms):
+    trials = [trial for name, arm in arms.items() for trial in load_full(name).trials
+              if trial.arm == arm]  # fmt: skip
+    assert len(trials) == len(arms)
+    assert len({trial.hash for trial in trials}) == 1
+
+
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_the_numbers_are_the_papers(name):
     columns, *lines = TABLES[name].strip().splitlines()
@@ -226,6 +243,16 @@ def test_a_sweep_is_planned_at_every_scale_with_the_synthetic_set_alone(
     sweep = load_full(name)
     planned = [(trial["arm"], trial["seed"]) for trial in plan["trials"]]
     assert sorted(planned) == sorted((arm, seed) for arm in sweep.arms for seed in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("semantic_methods", "arm"), ("backbones_panoptic", "arm"),
+                       ("kernels", "num_kernels")]
+)  # fmt: skip
+def test_a_report_names_what_arms_vary_unless_they_are_whole_recipes(name, axis, tmp_path):
+    for scale in (None, "laptop"):
+        sweep = load_sweep(file_of(name), scale=scale, overrides=SHAPES)
+        assert build_report(sweep, Store(str(tmp_path)), scale=scale).axis == axis
 
 
 def arms_of(path):

@@ -265,7 +265,8 @@ def _paper_value(sweep: Sweep, arm: str, metric: str) -> float | None:
 
 def _axis(sweep: Sweep) -> str:
     keys = {key for trial in sweep.trials for key in trial.overrides}
-    return keys.pop().rsplit(".", 1)[-1] if len(keys) == 1 else "arm"
+    # Recipes of their own may differ in anything.
+    return "arm" if len(keys) != 1 or "base" in keys else keys.pop().rsplit(".", 1)[-1]
 
 
 def _data(trial: Trial) -> str:
