@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -192,8 +192,9 @@ def _build(values: Mapping[str, Any], built: dict[str, Any]) -> Recipe:
         content = {name: tree[name]} if name in tree else {}
         key = f"{name} {content!r}"
         if key not in built:
-            merged = OmegaConf.merge(OmegaConf.masked_copy(_template(), name), content)
-            built[key] = cast(dict[str, Any], OmegaConf.to_object(merged))[name]
+            section: Any = OmegaConf.masked_copy(_template(), name)
+            objects: Any = OmegaConf.to_object(OmegaConf.merge(section, content))
+            built[key] = objects[name]
         arguments[name] = built[key]
     return Recipe(**arguments)
 

@@ -35,6 +35,12 @@ class TrialsFailedError(PlatformError):
     exit_code = 3
 
 
+class BudgetError(PlatformError):
+    """What a sweep may cost is not enough to start it, or is spent."""
+
+    exit_code = 4
+
+
 class InterruptedSweepError(PlatformError):
     """A sweep was stopped from outside; the same command continues it."""
 

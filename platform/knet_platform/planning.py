@@ -27,6 +27,7 @@ from knet_platform.config import (
     scale_layers,
     suggestion,
 )
+from knet_platform.errors import PlatformError
 from knet_platform.identity import same_run, trial_hash
 from knet_platform.metrics import METRICS, find_metric
 
@@ -44,8 +45,9 @@ _KEYS = (
     "paper",
     "resources",
     "scheduler",
+    "budget",
 )
-_LATER = ("budget", "search")
+_LATER = ("search",)
 _SCALE_KEYS = ("recipe", "seeds", "resources")
 
 
@@ -80,6 +82,20 @@ class Resources:
     hang_minutes: float = 15
     """Without a step, after which a trial is ended and tried once more; its first step may take
     four times that. 0 waits for ever."""
+    instance: str | None = None
+    """What it runs on, as `cluster/prices.yaml` calls it."""
+    spot: bool = False
+    """Priced as spot instances."""
+    price_per_gpu_hour: float | None = None
+    """USD; wins over the instance's list price."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What all trials of the sweep together may cost, over all its runs."""
+
+    usd: float | None = None
+    gpu_hours: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +148,7 @@ class Sweep:
     arms: tuple[str, ...]
     paper: Paper | None
     resources: Resources
+    budget: Budget
     trials: tuple[Trial, ...]
     """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
     notes: tuple[str, ...] = ()
@@ -147,12 +164,29 @@ class Sweep:
         return tuple(chosen.values())
 
 
+class LargeSweepError(PlatformError):
+    """A sweep is so large that it should be meant.
+
+    Args:
+        count: Trials that it would have.
+        sample: The same sweep with one or two of its arms, fully resolved.
+    """
+
+    exit_code = 2
+
+    def __init__(self, count: int, sample: Sweep) -> None:
+        self.count = count
+        self.sample = sample
+        super().__init__(f"{sample.path}: {count:,} trials")
+
+
 def load_sweep(
     path: Path,
     *,
     scale: str | None = None,
     overrides: Sequence[str] = (),
     seeds: int | None = None,
+    most_trials: int | None = None,
 ) -> Sweep:
     """Read, check and expand a sweep.
 
@@ -161,19 +195,25 @@ def load_sweep(
         scale: Name of a file in `scales/`, or a path ending in .yaml.
         overrides: `key=value` arguments; they win over arms.
         seeds: Run seeds 0 to `seeds` - 1 instead of the listed ones.
+        most_trials: Expand no more than these; unset: any number.
 
     Raises:
         ConfigError: Everything that is wrong with the sweep, at once.
+        LargeSweepError: It has more than `most_trials`; found before they are made.
         DataError: The data set is not there.
     """
     values = read_yaml(path)
-    reader = _Reader(path, values)
-    problems = reader.problems
+    problems: list[str] = []
     scale_path, scale_values = None, dict[str, Any]()
     if scale is not None:
         with collecting(problems):
             scale_path = _find_scale(path, scale)
             scale_values = read_yaml(scale_path)
+    listed = scale_values.get("seeds", values.get("seeds", [0]))
+    count = _num_arms(values) * (seeds if seeds is not None else len(listed or [0]))
+    if most_trials is not None and count > most_trials:
+        values = _sample(values)
+    reader = _Reader(path, values, problems=problems)
     name = reader.name()
     arms = reader.arms(scale_path.stem if scale_path else None)
     baseline = reader.baseline(arms)
@@ -181,6 +221,7 @@ def load_sweep(
     paper = reader.paper(arms)
     reader.unimplemented()
     resources = reader.resources("resources", values.get("resources"), Resources())
+    budget = reader.budget()
     chosen = reader.seeds("seeds", values.get("seeds", [0]))
     if scale_path is not None:
         reader = _Reader(scale_path, scale_values, known=_SCALE_KEYS, problems=problems)
@@ -223,7 +264,7 @@ def load_sweep(
                 hash=trial_hash(seeded, fingerprints[recipe.data]),
             )
         )
-    return Sweep(
+    sweep = Sweep(
         name=name,
         path=path,
         title=_title(path),
@@ -233,9 +274,29 @@ def load_sweep(
         arms=tuple(arms),
         paper=paper,
         resources=resources,
+        budget=budget,
         trials=tuple(trials),
         notes=tuple(notes),
     )
+    if most_trials is not None and count > most_trials:
+        raise LargeSweepError(count, sweep)
+    return sweep
+
+
+def _num_arms(values: Mapping[str, Any]) -> int:
+    arms, grid = values.get("arms") or {}, values.get("grid") or {}
+    axes = [axis for axis in grid.values() if isinstance(axis, list)]
+    return len(arms) + (math.prod(map(len, axes)) if axes else 0)
+
+
+def _sample(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sweep of the same kind with one arm of each listed one and of the grid."""
+    cut = {key: axis[:1] for key, axis in (values.get("grid") or {}).items()}
+    arm = ",".join(f"{key}={_shown(value)}" for key, (value,) in cut.items())
+    arms = dict(itertools.islice((values.get("arms") or {}).items(), 1))
+    changes: dict[str, Any] = {"arms": arms, "grid": cut, "baseline": arm or next(iter(arms))}
+    kept = {key: value for key, value in values.items() if key != "paper"}
+    return kept | {key: value for key, value in changes.items() if value}
 
 
 def _title(path: Path) -> str:
@@ -521,16 +582,22 @@ class _Reader:
         self._unknown(values, names, f"{key}.")
         good: dict[str, Any] = {}
         for name, value in values.items():
-            whole = name in ("workers", "max_concurrent")
-            least = 1 if whole else 0
-            if name == "max_concurrent" and value is None:
-                good[name] = value
-            elif not _is_number(value) or value < least or (whole and type(value) is not int):
-                kind = "an integer" if whole else "a number"
-                self._wrong(f"{key}.{name}", f"expected {kind} >= {least}, got {value!r}")
+            if name in names and (problem := _resource_problem(name, value)):
+                self._wrong(f"{key}.{name}", problem)
             elif name in names:
                 good[name] = value
         return dataclasses.replace(default, **good)
+
+    def budget(self) -> Budget:
+        """Return what the sweep may cost."""
+        values = self._mapping("budget")
+        names = [item.name for item in dataclasses.fields(Budget)]
+        self._unknown(values, names, "budget.")
+        good = {name: value for name, value in values.items() if name in names}
+        for name, value in list(good.items()):
+            if not _is_number(value) or value < 0:
+                self._wrong(f"budget.{name}", f"expected a number >= 0, got {good.pop(name)!r}")
+        return Budget(**good)
 
     def _wrong(self, key: str, problem: str) -> None:
         self.problems.append(f"{self._path}: {key}: {problem}")
@@ -563,6 +630,19 @@ class _Reader:
         if info is None:
             self._wrong(key, f"unknown metric {name!r}{suggestion(str(name), METRICS)}")
         return info
+
+
+def _resource_problem(name: str, value: Any) -> str | None:
+    if value is None and name in ("max_concurrent", "instance", "price_per_gpu_hour"):
+        return None
+    if name == "instance":
+        return None if isinstance(value, str) else f"expected an instance's name, got {value!r}"
+    if name == "spot":
+        return None if isinstance(value, bool) else f"expected true or false, got {value!r}"
+    if name in ("workers", "max_concurrent"):
+        right = type(value) is int and value >= 1
+        return None if right else f"expected an integer >= 1, got {value!r}"
+    return None if _is_number(value) and value >= 0 else f"expected a number >= 0, got {value!r}"
 
 
 def _is_number(value: Any) -> bool:

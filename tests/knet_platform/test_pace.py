@@ -2,8 +2,15 @@ import dataclasses
 
 import pytest
 
-from knet_core import DataConfig, ModelConfig, Recipe, TrainConfig
-from knet_platform.pace import Done, estimate, forward_gflop, num_iterations
+from knet_core import BackboneConfig, DataConfig, ModelConfig, Recipe, TrainConfig
+from knet_platform.pace import (
+    Done,
+    Estimate,
+    Pace,
+    forward_gflop,
+    num_iterations,
+    peak_memory_gb,
+)
 from knet_platform.planning import Resources, Trial
 
 RECIPE = Recipe(train=TrainConfig(iterations=100))
@@ -16,6 +23,10 @@ def trial(arm: str, seed: int, recipe: Recipe = RECIPE) -> Trial:
 A0, A1 = trial("a", 0), trial("a", 1)
 B0 = trial("b", 0, dataclasses.replace(RECIPE, model=ModelConfig(stages=1)))
 TRIALS = (A0, B0, A1)
+
+
+def estimate(trial, resources, history, trials, **known) -> Estimate:
+    return Pace(trials, resources, history, **known).estimate(trial)
 
 
 def test_the_published_model_costs_what_was_counted():
@@ -63,3 +74,39 @@ def test_epochs_become_iterations_by_counting_images(tmp_path):
     missing = dataclasses.replace(recipe, data=DataConfig(root=str(tmp_path / "gone")))
     assert num_iterations(missing) is None
     assert estimate(trial("c", 0, missing), Resources(), {}, ()).source == "unknown"
+
+
+def test_a_probe_speaks_where_the_arm_has_no_history():
+    probed = estimate(A0, Resources(), {}, TRIALS, probes={"a": 2.0})
+    assert (probed.source, probed.seconds) == ("probe", 20.0 + 200.0)
+    history = {"b0": Done(step=100, seconds=100.0), "a1": Done(step=100, seconds=100.0)}
+    assert estimate(A0, Resources(), history, TRIALS, probes={"a": 2.0}).seconds == 120.0
+    history.pop("a1")
+    assert estimate(A0, Resources(), history, TRIALS, probes={"a": 2.0}).seconds == 220.0
+
+
+def test_a_faster_gpu_is_known_to_be_faster():
+    resources = Resources(gpus_per_worker=1)
+    slow = estimate(A0, resources, {}, TRIALS, gpu="L4")
+    fast = estimate(A0, resources, {}, TRIALS, gpu="H100")
+    assert fast.seconds < slow.seconds
+
+
+def test_memory_is_near_what_was_measured():
+    """Measured (benchmarks/RESULTS.md): 3.16 GB for one image of 800 x 1216, 5.19 for two."""
+    one = Recipe(train=TrainConfig(batch_size=1))
+    two = Recipe(train=TrainConfig(batch_size=2))
+    assert peak_memory_gb(one, Resources()) == pytest.approx(3.16, rel=0.2)
+    assert peak_memory_gb(two, Resources()) == pytest.approx(5.19, rel=0.2)
+
+
+def test_memory_follows_what_trains_at_once():
+    recipe = Recipe(train=TrainConfig(batch_size=16))
+    whole = peak_memory_gb(recipe, Resources(workers=2))
+    pieces = dataclasses.replace(recipe, train=TrainConfig(batch_size=16, micro_batch=2))
+    half = dataclasses.replace(recipe, train=TrainConfig(batch_size=16, precision="bf16"))
+    deep = ModelConfig(backbone=BackboneConfig(name="resnet101"))
+    assert peak_memory_gb(recipe, Resources(workers=8)) == peak_memory_gb(pieces, Resources())
+    assert peak_memory_gb(half, Resources(workers=2)) < 0.6 * whole
+    larger = dataclasses.replace(recipe, model=deep)
+    assert peak_memory_gb(larger, Resources(workers=2)) > 1.3 * whole

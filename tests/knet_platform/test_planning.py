@@ -147,7 +147,7 @@ def test_all_problems_of_a_sweep_are_reported_at_once(sweep):
         "paper.rows.one: expected 2 values, one per column, got [1]",
         "paper.rows.two: is not an arm",
         "resources.gpus: unknown key; expected workers, gpus_per_worker, cpus_per_worker, "
-        "max_concurrent",
+        "max_concurrent, instance, spot, price_per_gpu_hour",
         "resources.workers: expected an integer >= 1, got 1.5",
         "seeds: seed 0 is listed twice",
         "arms.one: model.stage: unknown key; did you mean 'model.stages'?",
@@ -245,7 +245,10 @@ def test_problems_of_an_arms_recipe_and_of_its_stand_ins_are_named(sweep, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"budget": {"usd": 3}}, "budget: is part of the format but not implemented yet"),
+        ({"budget": {"usd": -3}}, "budget.usd: expected a number >= 0, got -3"),
+        ({"budget": {"eur": 3}}, "budget.eur: unknown key"),
+        ({"resources": {"spot": "yes"}}, "resources.spot: expected true or false, got 'yes'"),
+        ({"resources": {"instance": 5}}, "resources.instance: expected an instance's name, got 5"),
         ({"search": {"x": 3}}, "search: is part of the format but not implemented yet"),
         ({"scheduler": "asha"}, "scheduler: asha is not implemented yet"),
         ({"scheduler": {"name": "asha"}}, "scheduler: asha is not implemented yet"),

@@ -1,17 +1,24 @@
-"""`knet plan`: arms x seeds, what is done, and how long the rest takes. Touches nothing."""
+"""`knet plan`: arms x seeds, what is done, and what the rest costs. Touches nothing."""
 
 import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knet_platform.cli.sweeps import add_sweep_arguments, load_priced_sweep
+from knet_platform.forecast import (
+    Band,
+    Forecast,
+    PlannedTrial,
+    look_up,
+    make_forecast,
+    require_budget,
+)
 from knet_platform.home import storage_uri
-from knet_platform.pace import Done, Estimate, estimate, num_iterations
-from knet_platform.planning import Sweep, Trial, load_sweep
-from knet_platform.storage import Status, Store, TrialStore
+from knet_platform.pace import Estimate
+from knet_platform.planning import Sweep
+from knet_platform.storage import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,83 +26,44 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   knet plan sweeps/stages.yaml --scale laptop
-  knet plan sweeps/stages.yaml data.root=/data/coco --seeds 3
+  knet plan sweeps/stages.yaml data.root=/data/coco --instance p4d.24xlarge --spot --max-usd 500
+  knet plan sweeps/stages.yaml --scale laptop --probe
   knet plan sweeps/stages.yaml --scale laptop train.iterations=1000 --json"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    trial: Trial
-    status: Status
-    step: int
-    reason: str | None
-    estimate: Estimate | None
-    """None for a finished trial."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("sweep", type=Path, help="sweep file, such as sweeps/stages.yaml")
+    add_sweep_arguments(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe values that win over all files"
+        "--instances", type=int, metavar="N", help="size of the cluster, for the wall-clock time"
     )
-    parser.add_argument("--scale", metavar="NAME", help="a file in scales/ beside the sweep")
-    parser.add_argument("--seeds", type=int, metavar="N", help="run seeds 0 to N-1")
+    parser.add_argument(
+        "--probe", action="store_true", help="train a few steps of each arm here and measure them"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
-    sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
-    rows = _rows(sweep, Store(storage_uri()))
+    """Print the plan; then refuse it if it passes the budget."""
+    sweep, price = load_priced_sweep(args)
+    store = Store(storage_uri())
+    probes = None
+    rows = look_up(sweep, store, gpu=price.gpu)
+    if args.probe:
+        from knet_platform.probe import probe_arms
+
+        probes = probe_arms(sweep, {row.trial.arm for row in rows if row.estimate})
+        rows = look_up(sweep, store, gpu=price.gpu, probes=probes)
+    forecast = make_forecast(sweep, rows, price, instances=args.instances, probes=probes)
     if args.json:
-        print(json.dumps(_as_json(sweep, rows), indent=2))
+        print(json.dumps(_as_json(sweep, rows, forecast), indent=2))
     else:
-        _show(sweep, rows)
+        _show(sweep, rows, forecast)
+    require_budget(sweep, forecast)
     return 0
 
 
-def _rows(sweep: Sweep, store: Store) -> list[_Row]:
-    found = [_look_up(store.trial(trial.hash)) for trial in sweep.trials]
-    pairs = list(zip(sweep.trials, found, strict=True))
-    history = {trial.hash: done for trial, (_, done, _) in pairs if done is not None}
-    return [
-        _Row(
-            trial=trial,
-            status=status,
-            step=done.step if done else 0,
-            reason=reason,
-            estimate=None
-            if status == "finished"
-            else estimate(trial, sweep.resources, history, sweep.trials),
-        )
-        for trial, (status, done, reason) in pairs
-    ]
-
-
-def _look_up(store: TrialStore) -> tuple[Status, Done | None, str | None]:
-    status = store.status()
-    if status == "new":
-        return status, None, None
-    if status == "finished" and (result := store.result()):
-        return status, Done(step=result.step, seconds=result.seconds), None
-    failure = store.failure()
-    state = store.state()
-    done = Done(step=state.step, seconds=state.seconds) if state else None
-    return status, done, f"{failure.kind}: {failure.message}" if failure else None
-
-
-def _total(rows: Sequence[_Row]) -> tuple[float, float, float, str]:
-    """Return seconds, their low and high end, and where they come from."""
-    estimates = [row.estimate for row in rows if row.estimate]
-    seconds = sum(item.seconds for item in estimates)
-    low = sum(item.seconds / item.band for item in estimates)
-    high = sum(item.seconds * item.band for item in estimates)
-    return seconds, low, high, " + ".join(sorted({item.source for item in estimates}))
-
-
-def _as_json(sweep: Sweep, rows: Sequence[_Row]) -> dict[str, Any]:
-    seconds, low, high, source = _total(rows)
+def _as_json(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> dict[str, Any]:
     recipe = sweep.trials[0].recipe
     return {
         "sweep": sweep.name,
@@ -105,40 +73,50 @@ def _as_json(sweep: Sweep, rows: Sequence[_Row]) -> dict[str, Any]:
         "workers": sweep.resources.workers,
         "batch_size": recipe.train.batch_size,
         "batch_size_per_worker": recipe.train.batch_size // sweep.resources.workers,
+        "notes": list(sweep.notes),
         "trials": [
             {
                 "arm": row.trial.arm,
                 "seed": row.trial.seed,
-                "hash": row.trial.hash,
-                "status": row.status,
-                "step": row.step,
-                "iterations": num_iterations(row.trial.recipe),
+                "trial_hash": row.trial.hash,
+                "state": row.state,
+                "step": row.done.step if row.done else 0,
+                "iterations": row.iterations,
                 "reason": row.reason,
                 "seconds": row.estimate.seconds if row.estimate else 0.0,
                 "source": row.estimate.source if row.estimate else None,
             }
             for row in rows
         ],
-        "total": {
-            "trials": len(rows),
-            "finished": sum(row.status == "finished" for row in rows),
-            "seconds": seconds,
-            "seconds_low": low,
-            "seconds_high": high,
-            "gpu_hours": _gpu_hours(sweep, seconds),
-            "source": source,
+        "forecast": {
+            "gpu_hours": _as_list(forecast.gpu_hours),
+            "usd": _as_list(forecast.usd),
+            "wall_hours": _as_list(forecast.wall_hours),
+            "peak_memory_gb": forecast.peak_memory_gb.mid,
+            "peak_memory_gb_band": _as_list(forecast.peak_memory_gb),
+            "source": forecast.source,
+            "memory_source": forecast.memory_source,
+            "concurrent_trials": forecast.concurrent,
+            "price": forecast.price.basis,
+            "price_assumed": forecast.price.assumed,
         },
+        "spent": {"gpu_hours": forecast.spent_gpu_hours, "usd": forecast.spent_usd},
+        "budget": {"gpu_hours": sweep.budget.gpu_hours, "usd": sweep.budget.usd},
     }
 
 
-def _show(sweep: Sweep, rows: Sequence[_Row]) -> None:
+def _as_list(band: Band) -> list[float]:
+    return [band.low, band.mid, band.high]
+
+
+def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     recipe = sweep.trials[0].recipe
     workers = sweep.resources.workers
     share = recipe.train.batch_size // workers
-    console.print(f"{sweep.name}: {sweep.title}", markup=False)
+    console.print(f"{sweep.name}: {sweep.title}")
     console.print(
         f"{len(sweep.arms)} arms x {len(sweep.seeds)} seeds = {len(rows)} trials, "
         f"judged by {sweep.metric.name}"
@@ -150,27 +128,50 @@ def _show(sweep: Sweep, rows: Sequence[_Row]) -> None:
     console.print(_table(sweep, rows))
     for row in rows:
         if row.reason:
-            console.print(f"{row.trial.name} failed: {row.reason}", markup=False)
-    finished = sum(row.status == "finished" for row in rows)
-    seconds, low, high, source = _total(rows)
+            console.print(f"{row.trial.name} failed: {row.reason}")
+    for note in sweep.notes:
+        console.print(f"note: {note}")
+    finished = sum(row.state == "finished" for row in rows)
     if finished == len(rows):
         console.print(f"all {len(rows)} trials are finished; see knet report {sweep.path}")
         return
-    console.print(
-        f"{finished} finished, {len(rows) - finished} to run: {_duration(seconds)} one after "
-        f"another ({_duration(low)} to {_duration(high)}, from {source})"
+    wall = forecast.wall_hours.times(3600)
+    at_once = (
+        f"{forecast.concurrent} at a time" if forecast.concurrent > 1 else "one after another"
     )
-    if sweep.resources.gpus_per_worker:
-        console.print(f"{_gpu_hours(sweep, seconds):.1f} GPU hours")
+    console.print(
+        f"{finished} finished, {len(rows) - finished} to run: {_duration(wall.mid)} {at_once} "
+        f"({_duration(wall.low)} to {_duration(wall.high)}, from {forecast.source})"
+    )
+    gpu_hours, usd, memory = forecast.gpu_hours, forecast.usd, forecast.peak_memory_gb
+    if gpu_hours.mid:
+        console.print(
+            f"{gpu_hours.mid:.1f} GPU hours ({gpu_hours.low:.1f} to {gpu_hours.high:.1f})"
+        )
+    assumed = "; --instance names yours" if forecast.price.assumed else ""
+    console.print(
+        f"{usd.mid:.2f} USD ({usd.low:.2f} to {usd.high:.2f}; {forecast.price.basis}{assumed})"
+    )
+    if forecast.spent_usd:
+        console.print(f"spent so far: {forecast.spent_usd:.2f} USD")
+    console.print(
+        f"peak memory {memory.mid:.1f} GB a worker ({memory.low:.1f} to {memory.high:.1f}, "
+        f"from {forecast.memory_source})"
+    )
+    if sweep.resources.gpus_per_worker and memory.mid > forecast.price.gpu_memory_gb:
+        console.print(
+            f"warning: {forecast.price.gpu} has {forecast.price.gpu_memory_gb:g} GB; "
+            f"train.micro_batch=1 or train.precision=bf16 need less"
+        )
 
 
-def _table(sweep: Sweep, rows: Sequence[_Row]) -> "Table":
+def _table(sweep: Sweep, rows: Sequence[PlannedTrial]) -> "Table":
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("arm", "seed", "trial", "status", "time left"):
+    for title in ("arm", "seed", "trial", "state", "time left"):
         table.add_column(title, justify="right" if title in ("seed", "time left") else "left")
     for row in rows:
         baseline = " (baseline)" if row.trial.arm == sweep.baseline else ""
@@ -178,26 +179,22 @@ def _table(sweep: Sweep, rows: Sequence[_Row]) -> "Table":
             escape(row.trial.arm + baseline),
             str(row.trial.seed),
             row.trial.hash,
-            escape(_status(row)),
+            escape(_state(row)),
             _time_left(row.estimate),
         )
     return table
 
 
-def _status(row: _Row) -> str:
-    if row.status in ("new", "finished"):
-        return row.status
-    return f"{row.status}, step {row.step}/{num_iterations(row.trial.recipe) or '?'}"
+def _state(row: PlannedTrial) -> str:
+    if row.state in ("new", "finished"):
+        return row.state
+    return f"{row.state}, step {row.done.step if row.done else 0}/{row.iterations or '?'}"
 
 
 def _time_left(item: Estimate | None) -> str:
     if item is None:
         return "-"
     return "unknown" if item.source == "unknown" else f"~{_duration(item.seconds)}"
-
-
-def _gpu_hours(sweep: Sweep, seconds: float) -> float:
-    return seconds / 3600 * sweep.resources.workers * sweep.resources.gpus_per_worker
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from knet_platform.config import load_recipe
 from knet_platform.home import knet_home, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
-from knet_platform.planning import Metric, Resources, Sweep, Trial
+from knet_platform.planning import Budget, Metric, Resources, Sweep, Trial
 
 if TYPE_CHECKING:
     from knet_core import Recipe, Report
@@ -142,6 +142,7 @@ def _as_sweep(path: Path, recipe: "Recipe", identity: str) -> Sweep:
         arms=(ARM,),
         paper=None,
         resources=Resources(),
+        budget=Budget(),
         trials=(trial,),
     )
 

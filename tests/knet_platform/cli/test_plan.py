@@ -1,5 +1,6 @@
 """`knet plan` shows what is done and what is left, quickly, and touches nothing."""
 
+import io
 import json
 import subprocess
 import sys
@@ -91,12 +92,14 @@ def test_finished_and_failed_trials_are_told_apart(capsys, home, trials):
     assert main(["plan", *ARGUMENTS, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     rows = {f"{row['arm']}/{row['seed']}": row for row in plan["trials"]}
-    assert (rows["3/0"]["status"], rows["3/0"]["seconds"]) == ("finished", 0.0)
-    assert rows["1/0"]["status"] == "failed"
+    assert (rows["3/0"]["state"], rows["3/0"]["seconds"]) == ("finished", 0.0)
+    assert rows["1/0"]["state"] == "failed"
     assert rows["1/0"]["reason"] == "NonFiniteError: loss is nan"
-    assert (rows["3/1"]["status"], rows["3/1"]["source"]) == ("new", "history")
-    assert plan["total"]["finished"] == 1
-    assert plan["total"]["seconds_low"] < plan["total"]["seconds"] < plan["total"]["seconds_high"]
+    assert (rows["3/1"]["state"], rows["3/1"]["source"]) == ("new", "history")
+    assert rows["3/0"]["trial_hash"] == trials["3/0"]
+    low, middle, high = plan["forecast"]["wall_hours"]
+    assert 0 < low < middle < high
+    assert plan["forecast"]["source"] == "history"
     assert main(["plan", *ARGUMENTS]) == 0
     assert "1/0 failed: NonFiniteError: loss is nan" in capsys.readouterr().out
 
@@ -116,6 +119,90 @@ def test_a_finished_sweep_points_to_its_report(capsys, home, trials):
         finish(home, trial_hash)
     assert main(["plan", *ARGUMENTS]) == 0
     assert "all 10 trials are finished; see knet report" in capsys.readouterr().out
+
+
+def test_the_forecast_has_its_fixed_form(capsys):
+    assert main(["plan", *ARGUMENTS, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["sweep"] == "stages"
+    assert {row["state"] for row in plan["trials"]} == {"new"}
+    forecast = plan["forecast"]
+    assert forecast["gpu_hours"] == [0, 0, 0]
+    assert len(forecast["usd"]) == len(forecast["wall_hours"]) == 3
+    assert forecast["peak_memory_gb"] > 0
+    assert forecast["source"] == "model"
+    assert forecast["price_assumed"]
+
+
+def test_a_named_instance_gives_gpus_prices_and_a_smaller_wall_clock(capsys, tmp_path):
+    full = [ARGUMENTS[0], ARGUMENTS[3], "--json", "--instance", "p4d.24xlarge"]
+    plans = []
+    for more in ([], ["--spot"], ["--instances", "5"]):
+        assert main(["plan", *full, *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["forecast"])
+    plain, spot, many = plans
+    assert plain["price"].startswith("p4d.24xlarge on demand, list price of 2026-")
+    assert spot["usd"][1] < plain["usd"][1] == pytest.approx(plain["gpu_hours"][1] * 21.958 / 8)
+    assert many["concurrent_trials"] == 5
+    assert many["wall_hours"][1] < plain["wall_hours"][1] / 3
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_a_plan_beyond_the_budget_is_shown_and_refused(capsys, json_flag):
+    assert main(["plan", *ARGUMENTS, "--max-usd", "0.01", *json_flag]) == 4
+    captured = capsys.readouterr()
+    assert captured.out
+    (line,) = captured.err.splitlines()
+    assert "budget: forecast 0." in line
+    assert "expected at most 0.01; raise --max-usd" in line
+    assert main(["plan", *ARGUMENTS, "--max-usd", "100", *json_flag]) == 0
+
+
+def test_what_was_spent_counts_for_the_budget(capsys, home, trials):
+    for trial_hash in list(trials.values())[:-1]:
+        finish(home, trial_hash)
+    assert main(["plan", *ARGUMENTS, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["spent"]["usd"] > plan["forecast"]["usd"][1]
+    cap = plan["forecast"]["usd"][1] * 2
+    assert main(["plan", *ARGUMENTS, "--max-usd", f"{cap}"]) == 4
+    assert "spent" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_probe_measures_time_and_memory_here(capsys, home):
+    quick = ["train.batch_size=4", "data.shapes.num_train=8"]
+    assert main(["plan", *ARGUMENTS, *quick, "--probe", "--json"]) == 0
+    forecast = json.loads(capsys.readouterr().out)["forecast"]
+    assert (forecast["source"], forecast["memory_source"]) == ("probe", "probe")
+    assert 0.1 < forecast["peak_memory_gb"] < 20
+    assert not home.exists()
+
+
+def test_a_probe_for_gpus_needs_one(capsys):
+    assert main(["plan", ARGUMENTS[0], ARGUMENTS[3], "--probe"]) == 2
+    assert "this machine has none" in capsys.readouterr().err
+
+
+def test_a_huge_grid_is_asked_about_with_its_count_and_price(capsys, tmp_path, monkeypatch):
+    axis = list(range(1, 1001))
+    sweep = tmp_path / "huge.yaml"
+    (tmp_path / "recipe.yaml").write_text("data: {format: shapes}\n")
+    sweep.write_text(
+        "name: huge\nbase: recipe.yaml\nmetric: {name: val/AP, mode: max}\nbaseline: x\n"
+        f"grid: {{loss.dice: {axis}, loss.cls: {axis}}}\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["plan", str(sweep)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1,000,000 trials for about" in line
+    assert "USD" in line
+    assert "--yes" in line
+
+
+def test_arms_that_are_the_same_run_are_noted(capsys):
+    assert main(["plan", *ARGUMENTS, "model.stages=2"]) == 0
+    assert "note: arms 3, 1, 2, 4, 5 are the same run" in capsys.readouterr().out
 
 
 def test_a_typo_is_one_line_and_code_2(capsys):

@@ -1,0 +1,219 @@
+"""What a sweep has cost, and what the rest of it will cost: time, GPU-hours, money, memory.
+
+Looks trials up in the store; writes nothing and needs no cluster.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from knet_platform.errors import BudgetError
+from knet_platform.pace import (
+    MEMORY_MODEL_BAND,
+    Done,
+    Estimate,
+    Pace,
+    Source,
+    num_iterations,
+    peak_memory_gb,
+)
+from knet_platform.planning import Budget, Sweep, Trial
+from knet_platform.prices import Price
+from knet_platform.storage import Status, Store, TrialStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTrial:
+    """One trial of a sweep as the store knows it."""
+
+    trial: Trial
+    state: Status
+    done: Done | None
+    """Training already paid for."""
+    iterations: int | None
+    """Optimizer steps in all; None where the training images cannot be counted."""
+    reason: str | None
+    """Why it failed."""
+    estimate: Estimate | None
+    """What it still needs; None for a finished trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """An estimate between the figures that it should not pass."""
+
+    low: float
+    mid: float
+    high: float
+
+    def times(self, factor: float) -> "Band":
+        """Return the band in another unit."""
+        return Band(self.low * factor, self.mid * factor, self.high * factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a few real steps of an arm needed on this machine."""
+
+    seconds_per_step: float
+    peak_memory_gb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the unfinished trials of a sweep still need, and what all have cost so far."""
+
+    seconds: Band
+    """Of training, one trial after another."""
+    gpu_hours: Band
+    usd: Band
+    wall_hours: Band
+    concurrent: int
+    """Trials at once that `wall_hours` counts with."""
+    source: str
+    """Where the time comes from: history, probe, model, or several of them."""
+    peak_memory_gb: Band
+    """Of the worker that needs most."""
+    memory_source: Source
+    spent_gpu_hours: float
+    spent_usd: float
+    price: Price
+
+
+def look_up(
+    sweep: Sweep,
+    store: Store,
+    *,
+    gpu: str = "",
+    probes: Mapping[str, Probe] | None = None,
+) -> list[PlannedTrial]:
+    """Return every trial of the sweep with its state and what it still needs.
+
+    Args:
+        sweep: The sweep.
+        store: Where its trials are.
+        gpu: Name of the GPU that they will run on.
+        probes: Measurements by arm.
+    """
+    found = {trial.hash: _state(store.trial(trial.hash)) for trial in sweep.distinct_trials}
+    history = {trial_hash: done for trial_hash, (_, done, _) in found.items() if done is not None}
+    seconds = {arm: probe.seconds_per_step for arm, probe in (probes or {}).items()}
+    pace = Pace(sweep.trials, sweep.resources, history, probes=seconds, gpu=gpu)
+    rows = []
+    for trial in sweep.trials:
+        state, done, reason = found[trial.hash]
+        rows.append(
+            PlannedTrial(
+                trial=trial,
+                state=state,
+                done=done,
+                iterations=num_iterations(trial.recipe),
+                reason=reason,
+                estimate=None if state == "finished" else pace.estimate(trial),
+            )
+        )
+    return rows
+
+
+def make_forecast(
+    sweep: Sweep,
+    rows: Sequence[PlannedTrial],
+    price: Price,
+    *,
+    instances: int | None = None,
+    probes: Mapping[str, Probe] | None = None,
+) -> Forecast:
+    """Sum up what the trials still need.
+
+    Args:
+        sweep: The sweep.
+        rows: Its trials, of `look_up`.
+        price: What an hour of one trial costs.
+        instances: Size of the cluster; unset: trials run one after another, or as many at once
+            as `resources.max_concurrent` says.
+        probes: Measurements by arm.
+    """
+    distinct = {row.trial.hash: row for row in rows}.values()
+    estimates = [row.estimate for row in distinct if row.estimate is not None]
+    seconds = _total(estimates, sum)
+    spent = sum(row.done.seconds for row in distinct if row.done is not None)
+    gpus = sweep.resources.workers * sweep.resources.gpus_per_worker
+    concurrent = _concurrent(sweep, price, instances)
+    measured = [probe.peak_memory_gb for probe in (probes or {}).values()]
+    memory = max(measured or [peak_memory_gb(row.trial.recipe, sweep.resources) for row in rows])
+    spread = 1.1 if measured else MEMORY_MODEL_BAND
+    return Forecast(
+        seconds=seconds,
+        gpu_hours=seconds.times(gpus / 3600),
+        usd=seconds.times(price.usd_per_hour / 3600),
+        wall_hours=_total(estimates, lambda times: _makespan(times, concurrent)).times(1 / 3600),
+        concurrent=concurrent,
+        source=" + ".join(sorted({item.source for item in estimates})) or "history",
+        peak_memory_gb=Band(memory / spread, memory, memory * spread),
+        memory_source="probe" if measured else "model",
+        spent_gpu_hours=spent * gpus / 3600,
+        spent_usd=spent * price.usd_per_hour / 3600,
+        price=price,
+    )
+
+
+def require_budget(sweep: Sweep, forecast: Forecast) -> None:
+    """Refuse a sweep whose forecast passes its budget.
+
+    Raises:
+        BudgetError: What was spent and what is forecast are more than it may cost.
+    """
+    for name, cap, spent, band in _caps(sweep.budget, forecast):
+        if spent + band.mid > cap:
+            so_far = f" besides {spent:.2f} spent" if spent else ""
+            raise BudgetError(
+                f"{sweep.path}: budget: forecast {band.mid:.2f} {name} ({band.low:.2f} to "
+                f"{band.high:.2f}, from {forecast.source}; {forecast.price.basis}){so_far}, "
+                f"expected at most {cap:g}; raise --max-usd or budget:, or run fewer arms or seeds"
+            )
+
+
+def _caps(budget: Budget, forecast: Forecast) -> list[tuple[str, float, float, Band]]:
+    caps = []
+    if budget.usd is not None:
+        caps.append(("USD", budget.usd, forecast.spent_usd, forecast.usd))
+    if budget.gpu_hours is not None:
+        spent = forecast.spent_gpu_hours
+        caps.append(("GPU hours", budget.gpu_hours, spent, forecast.gpu_hours))
+    return caps
+
+
+def _state(store: TrialStore) -> tuple[Status, Done | None, str | None]:
+    state = store.status()
+    if state == "new":
+        return state, None, None
+    if state == "finished" and (result := store.result()):
+        return state, Done(step=result.step, seconds=result.seconds), None
+    failure = store.failure()
+    saved = store.state()
+    done = Done(step=saved.step, seconds=saved.seconds) if saved else None
+    return state, done, f"{failure.kind}: {failure.message}" if failure else None
+
+
+def _total(estimates: Sequence[Estimate], add: Callable[[list[float]], float]) -> Band:
+    return Band(
+        add([item.seconds / item.band for item in estimates]),
+        add([item.seconds for item in estimates]),
+        add([item.seconds * item.band for item in estimates]),
+    )
+
+
+def _makespan(seconds: Sequence[float], concurrent: int) -> float:
+    """Return when the last trial ends if each starts as soon as one of the slots is free."""
+    slots = [0.0] * concurrent
+    for each in seconds:
+        heapq.heapreplace(slots, slots[0] + each)
+    return max(slots)
+
+
+def _concurrent(sweep: Sweep, price: Price, instances: int | None) -> int:
+    most = sweep.resources.max_concurrent
+    if instances is None:
+        return most or 1
+    fit = max(1, int(instances * price.trials_per_instance + 1e-9))
+    return min(fit, most or fit)
