@@ -6,14 +6,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import knet_core
-from knet_core import Recipe, data_fingerprint
+from knet_core import Recipe, data_fingerprint, data_home
 from knet_platform.identity import code_digest
 from knet_platform.redaction import clean_command
 from knet_platform.source import Source
@@ -70,6 +70,9 @@ class Provenance:
     platform: str
     accelerator: dict[str, str] | None
     """Name, driver and CUDA version of the first worker's GPU; None for a run on CPUs."""
+    threads: int | None = None
+    """Threads of the first worker's torch, which decide the order of sums on CPUs; None before it
+    started."""
     command: str
     """As it was typed, without secrets."""
     started_at: str
@@ -80,7 +83,7 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
     """Describe a run that starts in this process now.
 
     Args:
-        recipe: The run, with the absolute folder of its data.
+        recipe: The run.
         workers: Processes that share a batch.
         source: The code in use.
 
@@ -90,7 +93,7 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
     files = _code_files()
     versions = _versions()
     return Provenance(
-        recipe=recipe.to_dict(),
+        recipe=with_absolute_root(recipe).to_dict(),
         workers=workers,
         data_fingerprint=data_fingerprint(recipe.data),
         code_digest=code_digest(),
@@ -107,6 +110,12 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
         command=clean_command(_typed(sys.argv)),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def with_absolute_root(recipe: Recipe) -> Recipe:
+    """Return the recipe with its data's folder as other processes need it, who run elsewhere."""
+    root = (data_home() / Path(recipe.data.root).expanduser()).absolute()
+    return replace(recipe, data=replace(recipe.data, root=str(root)))
 
 
 def accelerator() -> dict[str, str] | None:

@@ -148,6 +148,14 @@ class Store:
             f"{self.uri}/{relative}", filesystem=self._filesystem, root=f"{self._root}/{relative}"
         )
 
+    def hashes(self) -> list[str]:
+        """Return the hashes of all trials that were ever started, sorted."""
+        return self.run_folder().list("trials")
+
+    def run_folder(self) -> "TrialStore":
+        """Return the store's own folder as that of one run, as `knet train` fills it."""
+        return TrialStore(self.uri, filesystem=self._filesystem, root=self._root)
+
 
 class TrialStore:
     """One trial's folder."""
@@ -216,12 +224,12 @@ class TrialStore:
             self.write_bytes("patch.diff", patch.encode(errors="surrogateescape"))
         self._write_json("provenance.json", asdict(provenance))
 
-    def write_accelerator(self, accelerator: dict[str, str] | None) -> None:
-        """Add to the provenance what the first worker trains on."""
+    def write_machine(self, *, threads: int, accelerator: dict[str, str] | None) -> None:
+        """Add to the provenance what the first worker trains on, once it is known."""
         provenance = self.provenance()
-        if provenance is not None and accelerator != provenance.accelerator:
-            values = asdict(replace(provenance, accelerator=accelerator))
-            self._write_json("provenance.json", values)
+        if provenance is not None and provenance.threads is None:
+            complete = replace(provenance, threads=threads, accelerator=accelerator)
+            self._write_json("provenance.json", asdict(complete))
 
     def discard_cut_file(self, relative: str) -> None:
         """Delete a JSON file that its writer did not live to finish, if it is one."""

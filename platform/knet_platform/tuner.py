@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,14 +22,13 @@ from typing import Any
 import ray.tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from knet_core import Recipe, data_home
 from knet_platform import attempts
 from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError, StorageError, UsageError
 from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, Progress, show_metric
-from knet_platform.provenance import capture
+from knet_platform.provenance import capture, with_absolute_root
 from knet_platform.report import Report, build_report, write_report
 from knet_platform.source import read_source
 from knet_platform.storage import Cause, Evaluation, Failure, Store
@@ -128,13 +127,12 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
         folder = store.trial(trial.hash)
         bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
         if folder.provenance() is None:
-            recipe = _with_absolute_root(trial)
-            provenance = capture(recipe, workers=resources.workers, source=source)
+            provenance = capture(trial.recipe, workers=resources.workers, source=source)
             folder.write_provenance(provenance, source.patch)
     jobs = [
         TrialJob(
             trial_hash=trial.hash,
-            recipe=_with_absolute_root(trial).to_dict(),
+            recipe=with_absolute_root(trial.recipe).to_dict(),
             store_uri=store.uri,
             run_id=run_id,
             workers=resources.workers,
@@ -170,13 +168,6 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
 
 def _name(trial: TuneTrial) -> str:
     return str(trial.config["job"]["trial_hash"])
-
-
-def _with_absolute_root(trial: Trial) -> Recipe:
-    """Return the recipe as workers need it, who run in other folders than this process."""
-    recipe = trial.recipe
-    root = (data_home() / Path(recipe.data.root).expanduser()).absolute()
-    return replace(recipe, data=replace(recipe.data, root=str(root)))
 
 
 class _Bridge(ray.tune.Callback):

@@ -50,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> str:
     )
     device = get_device()
     if ray.train.get_context().get_world_rank() == 0:
-        store.write_accelerator(accelerator())
+        store.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
     with (
         watchdog,
         tempfile.TemporaryDirectory(prefix="knet-") as folder,

@@ -10,7 +10,7 @@ import pytest
 import knet_core
 from knet_core import DataConfig, Recipe, data_fingerprint
 from knet_platform import provenance
-from knet_platform.provenance import EVALUATION_CODE, PACKAGES, capture
+from knet_platform.provenance import EVALUATION_CODE, PACKAGES, capture, with_absolute_root
 from knet_platform.source import Source
 from knet_platform.storage import Store
 
@@ -23,7 +23,8 @@ def test_a_record_names_all_that_a_run_depends_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.argv", ["/bin/knet", "run", "s.yaml", "data.root=/my data"])
     recipe = dataclasses.replace(SHAPES, seed=3)
     found = capture(recipe, workers=2, source=SOURCE)
-    assert Recipe.from_dict(found.recipe) == recipe
+    assert Recipe.from_dict(found.recipe) == with_absolute_root(recipe)
+    assert Path(found.recipe["data"]["root"]).is_absolute()
     assert found.data_fingerprint == data_fingerprint(recipe.data)
     assert (found.workers, found.git_sha, found.patch) == (2, "a" * 40, True)
     assert found.notes == ("a note",)
@@ -59,8 +60,9 @@ def test_a_record_is_read_back_as_written(tmp_path: Path) -> None:
     assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(written))
 
     gpu = {"name": "NVIDIA H200", "driver": "570.1", "cuda": "12.8"}
-    trial.write_accelerator(gpu)
-    assert trial.provenance() == dataclasses.replace(read, accelerator=gpu)
+    trial.write_machine(threads=2, accelerator=gpu)
+    trial.write_machine(threads=4, accelerator=None)  # a later attempt, elsewhere
+    assert trial.provenance() == dataclasses.replace(read, threads=2, accelerator=gpu)
 
 
 def test_without_changes_there_is_no_patch(tmp_path: Path) -> None:

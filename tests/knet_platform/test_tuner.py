@@ -104,7 +104,7 @@ def test_every_trial_records_what_it_was_made_from(done: Done) -> None:
         assert provenance is not None
         recipe = Recipe.from_dict(provenance.recipe)
         assert trial_hash(recipe, provenance.data_fingerprint) == trial.hash
-        assert provenance.workers == 2
+        assert (provenance.workers, provenance.threads) == (2, 1)
         assert provenance.accelerator is None  # this cluster has CPUs only
 
 

@@ -16,6 +16,8 @@ VERBS = {
     "run": "start or continue a sweep",
     "submit": "send a sweep to a Ray cluster as a job",
     "report": "write a sweep's table beside the paper's numbers, and its page",
+    "diff": "show what differs between two runs",
+    "repro": "run a recorded run again and say how far the result is from the recorded one",
     "eval": "evaluate a checkpoint on a data set",
     "score": "score result files of any origin against ground truth",
     "predict": "draw a checkpoint's masks over images and write them as files",

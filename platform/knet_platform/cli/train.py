@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
     )
     with _tracked(tracker, sweep), progress_bar(sweep.name) as advance:
+        if checkpoint is None:
+            _record_provenance(output, recipe)
         result = fit(
             recipe,
             callbacks=[_Reporter(tracker, trial, advance)],
@@ -81,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
         show_metrics(f"{sweep.name}, step {result.step}", result.metrics)
         print(f"checkpoint: {result.checkpoint}")
     return 0
+
+
+def _record_provenance(output: Path, recipe: "Recipe") -> None:
+    import torch
+
+    from knet_platform.provenance import accelerator, capture
+    from knet_platform.source import read_source
+    from knet_platform.storage import Store
+
+    source = read_source()
+    folder = Store(str(output)).run_folder()
+    folder.write_provenance(capture(recipe, workers=1, source=source), source.patch)
+    folder.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
 
 
 class _Reporter:
