@@ -224,6 +224,11 @@ class TrialStore:
             self.write_bytes("patch.diff", patch.encode(errors="surrogateescape"))
         self._write_json("provenance.json", asdict(provenance))
 
+    def provenance_files(self) -> dict[str, bytes]:
+        """Return what is recorded of the trial's making, by file name, for keeping elsewhere."""
+        names = [name for name in self.list() if name in ("provenance.json", "patch.diff")]
+        return {name: self.read_bytes(name) for name in names}
+
     def write_machine(self, *, threads: int, accelerator: dict[str, str] | None) -> None:
         """Add to the provenance what the first worker trains on, once it is known."""
         provenance = self.provenance()

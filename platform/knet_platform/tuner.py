@@ -285,6 +285,7 @@ class _Bridge(ray.tune.Callback):
         self.attempts[trial.hash] = attempt
         self._running.add(trial.hash)
         self._tracker.start_trial(trial, attempt)
+        self._log_provenance(trial)
         self._progress.begin(trial, attempt)
 
     def _advance(self, trial: Trial, result: Mapping[str, Any]) -> None:
@@ -309,9 +310,19 @@ class _Bridge(ray.tune.Callback):
             )
             self._progress.update(trial, moment)
 
+    def _log_provenance(self, trial: Trial) -> None:
+        try:
+            files = self._store.trial(trial.hash).provenance_files()
+        except StorageError as error:
+            self._progress.note(f"{trial.name}  provenance not tracked: {error}")
+            return
+        for name, content in files.items():
+            self._tracker.log_file(trial.hash, name, content)
+
     def _end(self, trial: Trial, failure: str | None = None) -> None:
         started = trial.hash in self._running
         self._running.discard(trial.hash)
+        self._log_provenance(trial)  # by now with the first worker's machine
         if failure is not None:
             self.failed[trial.hash] = failure
             stopped = trial.hash in self._stopped
@@ -365,6 +376,8 @@ def _catch_up(sweep: Sweep, todo: Sequence[Trial], store: Store, tracker: Tracke
         last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
         tracker.start_trial(trial, attempts.count(folder))
         tracker.log_points(trial.hash, [*result.evaluations, last])
+        for name, content in folder.provenance_files().items():
+            tracker.log_file(trial.hash, name, content)
         tracker.finish_trial(trial.hash, "FINISHED")
 
 

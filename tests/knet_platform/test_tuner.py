@@ -106,6 +106,11 @@ def test_every_trial_records_what_it_was_made_from(done: Done) -> None:
         assert trial_hash(recipe, provenance.data_fingerprint) == trial.hash
         assert (provenance.workers, provenance.threads) == (2, 1)
         assert provenance.accelerator is None  # this cluster has CPUs only
+        run_id = done.runs()[trial.name].info.run_id
+        client = MlflowClient(f"sqlite:///{done.home}/mlflow.db")
+        files = {item.path for item in client.list_artifacts(run_id)}
+        assert "provenance.json" in files
+        assert ("patch.diff" in files) == provenance.patch
 
 
 def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:

@@ -162,7 +162,7 @@ def _inputs(recorded: RecordedRun) -> Iterator[tuple[str, bytes]]:
 
 
 def _recipe(recorded: RecordedRun) -> dict[str, Any]:
-    """Return the recipe as it was run in the end: memory may have allowed fewer images at a time."""
+    """Return the recipe as it ran in the end: memory may have allowed fewer images at a time."""
     recipe = dict(recorded.provenance.recipe)
     result = recorded.folder.result()
     if result is not None and result.micro_batch is not None:

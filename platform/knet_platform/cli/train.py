@@ -15,6 +15,7 @@ from knet_platform.home import knet_home, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.planning import Budget, Metric, Resources, Sweep, Trial
+from knet_platform.storage import Store
 
 if TYPE_CHECKING:
     from knet_core import Recipe, Report
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     with _tracked(tracker, sweep), progress_bar(sweep.name) as advance:
         if checkpoint is None:
             _record_provenance(output, recipe)
+        for name, content in Store(str(output)).run_folder().provenance_files().items():
+            tracker.log_file(trial.hash, name, content)
         result = fit(
             recipe,
             callbacks=[_Reporter(tracker, trial, advance)],
@@ -90,7 +93,6 @@ def _record_provenance(output: Path, recipe: "Recipe") -> None:
 
     from knet_platform.provenance import accelerator, capture
     from knet_platform.source import read_source
-    from knet_platform.storage import Store
 
     source = read_source()
     folder = Store(str(output)).run_folder()

@@ -69,6 +69,10 @@ class BackgroundTracker:
         """Add a picture to a trial's run."""
         self._send(lambda: self._tracker.log_picture(trial_hash, step, png))
 
+    def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Attach a file to a trial's run."""
+        self._send(lambda: self._tracker.log_file(trial_hash, name, content))
+
     def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
         """Close a trial's run."""
         self._send(lambda: self._tracker.finish_trial(trial_hash, status, reason))

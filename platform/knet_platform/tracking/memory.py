@@ -19,6 +19,7 @@ class Run:
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
     """Metric name to values by step."""
     pictures: dict[int, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class MemoryTracker:
@@ -58,6 +59,10 @@ class MemoryTracker:
     def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
         """Keep a picture."""
         self.runs[trial_hash].pictures[step] = png
+
+    def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Keep a file."""
+        self.runs[trial_hash].files[name] = content
 
     def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
         """Close a run."""

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,13 @@ class MLflowTracker:
         with self._explained():
             image = Image.open(io.BytesIO(png))
             self._client.log_image(self._runs[trial_hash], image, key="probe", step=step)
+
+    def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Attach a file to a trial's run."""
+        with self._explained(), tempfile.TemporaryDirectory(prefix="knet-") as folder:
+            path = Path(folder, name)
+            path.write_bytes(content)
+            self._client.log_artifact(self._runs[trial_hash], str(path))
 
     def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
         """Close a trial's run."""

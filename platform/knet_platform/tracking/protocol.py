@@ -55,6 +55,9 @@ class Tracker(Protocol):
     def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
         """Add a picture to a trial's run."""
 
+    def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Attach a file to a trial's run, in place of an earlier one of that name."""
+
     def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
         """Close a trial's run."""
 

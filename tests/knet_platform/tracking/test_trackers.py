@@ -47,6 +47,9 @@ class TrackerContract:
     def curve(self, tracker: Tracker, trial_hash: str, name: str) -> dict[int, float]:
         raise NotImplementedError
 
+    def file(self, tracker: Tracker, trial_hash: str, name: str) -> bytes:
+        raise NotImplementedError
+
     def test_a_trial_has_no_run_until_it_starts(self, tracker: Tracker, sweep: Sweep) -> None:
         tracker.start_sweep(sweep)
         assert tracker.status(sweep.trials[0].hash) is None
@@ -60,6 +63,14 @@ class TrackerContract:
         tracker.finish_trial(trial.hash, "FINISHED")
         tracker.finish_sweep("FINISHED")
         assert tracker.status(trial.hash) == "FINISHED"
+
+    def test_the_last_file_of_a_name_is_kept(self, tracker: Tracker, sweep: Sweep) -> None:
+        trial = sweep.trials[0]
+        tracker.start_sweep(sweep)
+        tracker.start_trial(trial, 1)
+        tracker.log_file(trial.hash, "patch.diff", b"first")
+        tracker.log_file(trial.hash, "patch.diff", b"caf\xe9")
+        assert self.file(tracker, trial.hash, "patch.diff") == b"caf\xe9"
 
     def test_another_process_finds_the_run_and_reopens_it(
         self, tracker: Tracker, sweep: Sweep
@@ -100,6 +111,10 @@ class TestMemoryTracker(TrackerContract):
         assert isinstance(tracker, MemoryTracker)
         return tracker.runs[trial_hash].curves[name]
 
+    def file(self, tracker: Tracker, trial_hash: str, name: str) -> bytes:
+        assert isinstance(tracker, MemoryTracker)
+        return tracker.runs[trial_hash].files[name]
+
 
 class TestMLflowTracker(TrackerContract):
     @pytest.fixture
@@ -115,6 +130,11 @@ class TestMLflowTracker(TrackerContract):
         history = MlflowClient(tracker._uri).get_metric_history(tracker._runs[trial_hash], name)
         assert len(history) == len({item.step for item in history})
         return {item.step: item.value for item in history}
+
+    def file(self, tracker: Tracker, trial_hash: str, name: str) -> bytes:
+        assert isinstance(tracker, MLflowTracker)
+        client = MlflowClient(tracker._uri)
+        return Path(client.download_artifacts(tracker._runs[trial_hash], name)).read_bytes()
 
     def test_runs_carry_the_tags_and_params_that_people_filter_by(
         self, tracker: MLflowTracker, sweep: Sweep, tmp_path: Path
