@@ -13,6 +13,7 @@ import ray.train
 
 from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import verify
+from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
 from knet_platform.storage import FAILURES, Failure, Store, TrialStore
 from knet_platform.watchdog import Watchdog
@@ -108,9 +109,9 @@ class RayReporter:
                 self._note_eval_batch(report.eval_batch)
         if report.picture is not None:
             metrics["picture"] = picture_name(report.step)
-            self._store.write_bytes(metrics["picture"], report.picture)
+            self._keep(metrics["picture"], report.picture)
         if report.stage_picture is not None:
-            self._store.write_bytes(stage_picture_name(report.step), report.stage_picture)
+            self._keep(stage_picture_name(report.step), report.stage_picture)
         name, checkpoint = None, None
         # A finished run reports its last checkpoint again. Ray Train must not count it twice:
         # keeping the newest two, it would then delete the one that counts.
@@ -133,6 +134,10 @@ class RayReporter:
         )
         self._store.write_failure(failure, final=False)
         self._eval_batch = batch
+
+    def _keep(self, name: str, png: bytes) -> None:
+        self._store.write_bytes(name, png)
+        self._store.write_bytes(f"{name.removesuffix('.png')}.webp", preview(png))
 
 
 def picture_name(step: int) -> str:

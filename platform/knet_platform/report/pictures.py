@@ -2,15 +2,15 @@
 
 import base64
 import io
-import math
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from knet_platform.planning import Sweep, Trial
+from knet_platform.previews import preview
 from knet_platform.report.trials import READERS
 from knet_platform.storage import Store
 
@@ -18,11 +18,10 @@ MOST_PICTURES = 100
 """Pictures of evaluations on a page; with many arms each shows fewer, the last always."""
 MOST_EVALUATIONS = 6
 """Evaluations shown of one arm."""
-PIXELS = 18_000_000
+PIXELS = 15_000_000
 """Of all pictures together: about 3 MB as WebP, where plotly.js takes 5 of the page's 10 MB."""
-_QUALITY = 70
 
-_PICTURE = re.compile(r"(step|stages)_(\d+)\.png")
+_PICTURE = re.compile(r"(step|stages)_(\d+)\.webp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +109,8 @@ def _spread(steps: Sequence[int], count: int) -> set[int]:
 
 def _sheet(found: _Found, store: Store, steps: Collection[int], pixels: int) -> Sheet:
     def read(kind: str, step: int) -> Picture | None:
-        png = store.trial(found.trial.hash).read_bytes(f"pictures/{kind}_{step:06d}.png")
-        return _shrink(png, step, pixels)
+        webp = store.trial(found.trial.hash).read_bytes(f"pictures/{kind}_{step:06d}.webp")
+        return _shrunk(webp, step, pixels)
 
     evaluations = [read("step", step) for step in found.shown(steps)]
     return Sheet(
@@ -122,16 +121,11 @@ def _sheet(found: _Found, store: Store, steps: Collection[int], pixels: int) -> 
     )
 
 
-def _shrink(png: bytes, step: int, pixels: int) -> Picture | None:
+def _shrunk(webp: bytes, step: int, pixels: int) -> Picture | None:
     """Return the picture with at most this many pixels, or None if it is none."""
     try:
-        image = Image.open(io.BytesIO(png)).convert("RGB")
-    except (UnidentifiedImageError, OSError):
+        small = preview(webp, pixels)
+        size = Image.open(io.BytesIO(small)).size
+    except OSError:
         return None
-    factor = min(1.0, math.sqrt(pixels / (image.width * image.height)))
-    size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.BOX if factor < 0.5 else Image.Resampling.LANCZOS).save(
-        buffer, "WEBP", quality=_QUALITY, method=2
-    )
-    return Picture(step=step, webp=buffer.getvalue(), width=size[0], height=size[1])
+    return Picture(step=step, webp=small, width=size[0], height=size[1])

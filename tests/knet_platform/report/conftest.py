@@ -39,9 +39,9 @@ paper:
 """
 
 
-def png(width: int, height: int) -> bytes:
+def webp(width: int, height: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, "PNG")
+    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, "WEBP")
     return buffer.getvalue()
 
 
@@ -92,9 +92,9 @@ def store(tmp_path: Path, sweep: Sweep) -> Store:
         folder = store.trial(trial.hash)
         if ap := values.get((trial.arm, trial.seed)):
             folder.write_result(result(trial.hash, ap))
-            folder.write_bytes("pictures/step_000100.png", b"half a picture")
-            folder.write_bytes("pictures/step_000300.png", png(64, 32))
-            folder.write_bytes("pictures/stages_000300.png", png(64, 16))
+            folder.write_bytes("pictures/step_000100.webp", b"half a picture")
+            folder.write_bytes("pictures/step_000300.webp", webp(64, 32))
+            folder.write_bytes("pictures/stages_000300.webp", webp(64, 16))
         elif trial.arm == "4":
             folder.write_failure(
                 Failure(
