@@ -47,7 +47,7 @@ def json_text(report: Report) -> str:
     }
     for name in ("title", "axis", "paper_source", "scale", "data", "training", "hardware"):
         values[name] = getattr(report, name)
-    values["created"] = report.created
+    values |= {"notes": report.notes, "created": report.created}
     return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

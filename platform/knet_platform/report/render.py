@@ -137,7 +137,7 @@ def notes(report: Report) -> list[str]:
     lines = [f"ours: {report.data}; {report.training}; {report.hardware}"]
     if report.paper_source:
         lines.append(f"paper: {report.paper_source}")
-    lines += method(report)
+    lines += [*method(report), *report.notes]
     lines += [f"flagged: {names}: {detail}" for names, detail in reduced(report)]
     lines += [f"missing: {names}: {detail}" for names, detail in missing(report)]
     return lines

@@ -4,6 +4,7 @@ Values are in the units a paper prints (`knet_platform.metrics`: AP and its kin 
 they subtract from the paper's; `TrialLine.metrics` keeps what was measured, unscaled.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -111,6 +112,8 @@ class Report:
     """The sweep's own metric first."""
     tables: tuple[Table, ...]
     """The baseline's first, with every trial that is not known to stand apart."""
+    notes: tuple[str, ...]
+    """What the sweep file itself gives to know, such as arms that are the same run."""
     differences: Differences
     sheets: tuple[Sheet, ...]
     paper_source: str | None
@@ -155,6 +158,7 @@ def build_report(sweep: Sweep, store: Store, *, scale: str | None = None) -> Rep
         baseline=sweep.baseline,
         columns=columns,
         tables=_tables(sweep, lines, columns),
+        notes=sweep.notes,
         differences=differences(sweep),
         sheets=contact_sheets(sweep, store),
         paper_source=sweep.paper.source if sweep.paper else None,
@@ -190,7 +194,47 @@ def _info(metric: str) -> MetricInfo:
 def _tables(
     sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]
 ) -> tuple[Table, ...]:
-    return (Table(reason="", rows=_rows(sweep, lines, columns)),)
+    """Return one table for each kind of measurement, the baseline's first.
+
+    Trials without a result have nothing to compare yet and stay in the first.
+    """
+    measured = [line for line in lines if line.metrics]
+    kinds = Counter(_kind(line) for line in measured if line.arm == sweep.baseline)
+    kinds = kinds or Counter(map(_kind, measured))
+    first = kinds.most_common(1)[0][0] if kinds else None
+    tables = []
+    for kind in dict.fromkeys([first, *map(_kind, measured)]):
+        members = [
+            line for line in lines if (_kind(line) == kind if line.metrics else kind == first)
+        ]
+        reason = "" if kind == first else _reason(kind, first)
+        tables.append(Table(reason=reason, rows=_rows(sweep, members, columns)))
+    return tuple(tables)
+
+
+_Kind = tuple[str, str] | None
+"""Fingerprint of the data and digest of the code that scores; None where not recorded."""
+
+
+def _kind(line: TrialLine) -> _Kind:
+    return line.origin and (line.origin.data_fingerprint, line.origin.evaluation_digest)
+
+
+def _reason(kind: _Kind, first: _Kind) -> str:
+    """Say what sets a table apart from the first."""
+    if kind is None or first is None:
+        known = first or kind
+        assert known is not None, "two kinds differ"
+        return (
+            f"data and evaluation code of {'these rows' if kind is None else 'the first table'} "
+            f"were not recorded, those of the others are {known[0][:8]} and {known[1][:8]}"
+        )
+    names = ("data", "evaluation code")
+    return " and ".join(
+        f"other {name} ({ours[:8]}, the first table has {theirs[:8]})"
+        for name, ours, theirs in zip(names, kind, first, strict=True)
+        if ours != theirs
+    )
 
 
 def _rows(sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]) -> tuple[Row, ...]:

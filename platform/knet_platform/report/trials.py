@@ -26,6 +26,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The part of a trial's provenance that a report is about."""
+
+    data_fingerprint: str
+    evaluation_digest: str
+    """Of the code that decides a score."""
+    git_sha: str | None
+    patch: str | None
+    """Address of the uncommitted changes; None where there were none."""
+    command: str
+    """As it was typed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialLine:
     """What became of one seed of an arm."""
 
@@ -52,6 +66,8 @@ class TrialLine:
     """Address of the trial's part of the store."""
     dumps: tuple[str, ...]
     """Addresses of what explains the failures: batches, stacks."""
+    origin: Origin | None
+    """None before the trial starts, and for results of versions that recorded none."""
 
 
 def read_trials(sweep: Sweep, store: Store) -> tuple[TrialLine, ...]:
@@ -87,6 +103,7 @@ def _read(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
             failures=(),
             folder=store.uri,
             dumps=(),
+            origin=None,
         )
 
 
@@ -135,6 +152,18 @@ def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
             for name in store.list(FAILURES)
             if not name.endswith(".json")
         ),
+        origin=_origin(store),
+    )
+
+
+def _origin(store: TrialStore) -> Origin | None:
+    found = store.provenance()
+    return found and Origin(
+        data_fingerprint=found.data_fingerprint,
+        evaluation_digest=found.evaluation_digest,
+        git_sha=found.git_sha,
+        patch=f"{store.uri}/patch.diff" if found.patch else None,
+        command=found.command,
     )
 
 

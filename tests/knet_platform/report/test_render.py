@@ -178,9 +178,8 @@ def test_the_page_loads_nothing_and_its_table_is_marked_up(report: Report, tmp_p
         source = attributes.get("src") or attributes.get("href") or "data:"
         assert source.startswith("data:")
     assert not re.search(r"<script[^>]*\ssrc=", text)
-    assert (
-        sum(a.get("scope") == "row" for _, a in page.tags) == 4 + 4
-    )  # the table, and what differs
+    headings = sum(attributes.get("scope") == "row" for _, attributes in page.tags)
+    assert headings == 4 + 4 + 4 * 3  # the table, what the arms differ in, every trial
     images = [a for tag, a in page.tags if tag == "img"]
     assert len(images) == 2 * 2  # arms 1 and 3: one readable evaluation and the updates
     assert all(image["alt"] for image in images)
@@ -249,6 +248,29 @@ def test_smaller_micro_batches_are_flagged(sweep: Sweep, store: Store) -> None:
     report = build_report(sweep, store)
     assert "flagged: 3/1: out of memory, so trained with micro-batches of 2" in markdown(report)
     assert "smaller micro-batch" in html(report)
+
+
+def test_rows_that_stand_apart_do_so_in_every_form(report: Report, tmp_path: Path) -> None:
+    first = report.tables[0]
+    apart = dataclasses.replace(first, rows=first.rows[:1], reason="other data (1, not 2)")
+    split = dataclasses.replace(first, rows=first.rows[1:])
+    changed = dataclasses.replace(report, tables=(split, apart))
+    assert "\n#### other data (1, not 2)\n\n| stages " in markdown(changed)
+    assert latex(changed).count(r"\begin{tabular}") == 2
+    assert "% other data (1, not 2)" in latex(changed)
+    assert any(line == "other data (1, not 2)" for line in _printed(changed, 100))
+    rows = csv.DictReader(io.StringIO(csv_text(changed)))
+    assert {(row["table"], row["arm"]) for row in rows} == {
+        ("1", "3"),
+        ("1", "4"),
+        ("1", "5"),
+        ("2", "1"),
+    }
+    values = json.loads(json_text(changed))
+    assert "1" not in values["arms"]
+    (separate,) = values["separate"]
+    assert (separate["reason"], list(separate["arms"])) == ("other data (1, not 2)", ["1"])
+    assert "Apart: other data (1, not 2)" in html(changed)
 
 
 def test_every_file_is_written_and_nothing_else_left(report: Report, tmp_path: Path) -> None:

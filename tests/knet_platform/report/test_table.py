@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from knet_platform.planning import Sweep
+from knet_platform.provenance import Provenance
 from knet_platform.report import build_report
 from knet_platform.storage import Store, TrialResult, TrialStore
 
@@ -150,3 +151,80 @@ def test_the_whole_curve_is_kept(sweep: Sweep, store: Store) -> None:
         (200, pytest.approx(20.0)),
         (300, pytest.approx(30.0)),
     ]
+
+
+def _provenance(sweep: Sweep, *, data: str, evaluation: str) -> Provenance:
+    return Provenance(
+        recipe=sweep.trials[0].recipe.to_dict(),
+        workers=2,
+        data_fingerprint=data,
+        code_digest="c" * 64,
+        code_files={},
+        evaluation_digest=evaluation,
+        git_sha="abc123",
+        patch=True,
+        notes=(),
+        lock_digest=None,
+        packages={},
+        python="3.11",
+        platform="Linux",
+        accelerator=None,
+        command="knet run stages.yaml --seeds 3",
+        started_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_rows_of_other_data_or_evaluation_code_stand_in_tables_of_their_own(
+    sweep: Sweep, store: Store, make_result: Results
+) -> None:
+    kinds = {"1/0": ("other", "same"), "5/0": ("same", "newer"), "3/2": ("same", "newer")}
+    for trial in sweep.trials:
+        data, evaluation = kinds.get(trial.name, ("same", "same"))
+        provenance = _provenance(sweep, data=data, evaluation=evaluation)
+        store.trial(trial.hash).write_provenance(provenance, "diff")
+        if trial.name == "5/0":
+            store.trial(trial.hash).write_result(make_result(trial.hash, 0.5))
+    first, *apart = build_report(sweep, store).tables
+    assert {row.arm: [line.seed for line in row.trials if line.metrics] for row in first.rows} == {
+        "1": [],
+        "3": [0, 1],
+        "4": [],
+        "5": [],
+    }
+    assert first.reason == ""
+    assert first.rows[1].cells[0].mean == pytest.approx(31.0)
+    tables = {table.reason: table for table in apart}
+    assert set(tables) == {
+        "other data (other, the first table has same)",
+        "other evaluation code (newer, the first table has same)",
+    }
+    other, newer = tables.values()
+    assert [(row.arm, row.cells[0].n) for row in other.rows] == [("1", 1)]
+    assert other.rows[0].cells[0].difference is None  # its baseline saw other data
+    assert [(row.arm, row.cells[0].n) for row in newer.rows] == [("3", 1), ("5", 1)]
+
+
+def test_results_without_a_record_are_not_mixed_with_others(
+    sweep: Sweep, store: Store, make_result: Results
+) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "5/0")
+    provenance = _provenance(sweep, data="d" * 64, evaluation="e" * 64)
+    store.trial(trial.hash).write_provenance(provenance, "diff")
+    store.trial(trial.hash).write_result(make_result(trial.hash, 0.5))
+    first, apart = build_report(sweep, store).tables
+    assert [row.arm for row in first.rows if row.cells[0].n] == ["1", "3"]
+    assert [row.arm for row in apart.rows] == ["5"]
+    assert "first table were not recorded" in apart.reason
+    assert "dddddddd and eeeeeeee" in apart.reason
+
+
+def test_a_trial_tells_how_it_was_started(sweep: Sweep, store: Store) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "3/0")
+    folder = store.trial(trial.hash)
+    folder.write_provenance(_provenance(sweep, data="d", evaluation="e"), "diff")
+    lines = {(line.arm, line.seed): line for line in build_report(sweep, store).trials}
+    origin = lines["3", 0].origin
+    assert origin is not None
+    assert (origin.git_sha, origin.patch) == ("abc123", f"{folder.uri}/patch.diff")
+    assert origin.command == "knet run stages.yaml --seeds 3"
+    assert lines["5", 0].origin is None
