@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from knet_platform.planning import Sweep, Trial
-from knet_platform.previews import preview
 from knet_platform.report.trials import READERS
 from knet_platform.storage import Store
 
-MOST_PICTURES = 100
-"""Pictures of evaluations on a page; with many arms each shows fewer, the last always."""
 MOST_EVALUATIONS = 6
 """Evaluations shown of one arm."""
-PIXELS = 15_000_000
-"""Of all pictures together: about 3 MB as WebP, where plotly.js takes 5 of the page's 10 MB."""
+BYTES = 3_200_000
+"""Of all pictures together: a third more as text, beside 5 MB of plotly.js on a page of 10 MB."""
 
 _PICTURE = re.compile(r"(step|stages)_(\d+)\.webp")
 
@@ -59,13 +56,11 @@ class _Found:
     evaluations: list[int]
     stages: list[int]
 
-    def shown(self, steps: Collection[int]) -> list[int]:
-        """Return those of the evaluations that are among `steps`, and the last."""
-        return [step for step in self.evaluations if step in steps or step == self.evaluations[-1]]
-
 
 def contact_sheets(sweep: Sweep, store: Store) -> tuple[Sheet, ...]:
     """Return the pictures of every arm that has any, from its first seed that has.
+
+    All arms show the same evaluations, as many as a page can hold, and each its last.
 
     Raises:
         StorageError: The store cannot be read.
@@ -73,14 +68,9 @@ def contact_sheets(sweep: Sweep, store: Store) -> tuple[Sheet, ...]:
     with ThreadPoolExecutor(READERS) as pool:
         searched = pool.map(lambda arm: _find(sweep, store, arm), sweep.arms)
         found = [item for item in searched if item]
-        steps = _spread(
-            sorted({step for item in found for step in item.evaluations}),
-            min(MOST_EVALUATIONS, MOST_PICTURES // max(len(found), 1)),
-        )
-        count = sum(len(item.shown(steps)) + bool(item.stages) for item in found)
-        return tuple(
-            pool.map(lambda item: _sheet(item, store, steps, PIXELS // max(count, 1)), found)
-        )
+        steps = _spread(sorted({step for item in found for step in item.evaluations}))
+        share = BYTES // max(len(found), 1)
+        return tuple(pool.map(lambda item: _sheet(item, store, steps, share), found))
 
 
 def _find(sweep: Sweep, store: Store, arm: str) -> _Found | None:
@@ -98,34 +88,41 @@ def _find(sweep: Sweep, store: Store, arm: str) -> _Found | None:
     return None
 
 
-def _spread(steps: Sequence[int], count: int) -> set[int]:
-    """Return at most `count` of the steps, evenly spread, the first and the last among them."""
-    if len(steps) <= count:
+def _spread(steps: Sequence[int]) -> set[int]:
+    """Return at most `MOST_EVALUATIONS`, evenly spread, the first and the last among them."""
+    if len(steps) <= MOST_EVALUATIONS:
         return set(steps)
-    if count < 2:
-        return set(steps[-1:])
-    return {steps[round(place * (len(steps) - 1) / (count - 1))] for place in range(count)}
+    gaps = MOST_EVALUATIONS - 1
+    return {steps[round(place * (len(steps) - 1) / gaps)] for place in range(gaps + 1)}
 
 
-def _sheet(found: _Found, store: Store, steps: Collection[int], pixels: int) -> Sheet:
-    def read(kind: str, step: int) -> Picture | None:
-        webp = store.trial(found.trial.hash).read_bytes(f"pictures/{kind}_{step:06d}.webp")
-        return _shrunk(webp, step, pixels)
-
-    evaluations = [read("step", step) for step in found.shown(steps)]
+def _sheet(found: _Found, store: Store, steps: Collection[int], share: int) -> Sheet:
+    """Take the last evaluation whatever its size, then others while they fit `share` bytes."""
+    *earlier, last = found.evaluations
+    wanted = [("step", last), *(("stages", step) for step in found.stages[-1:])]
+    wanted += [("step", step) for step in earlier if step in steps]
+    taken: dict[str, list[Picture]] = {"step": [], "stages": []}
+    for kind, step in wanted:
+        picture = _read(found, store, kind, step)
+        if picture is None:
+            continue
+        share -= len(picture.webp)
+        if share < 0 and (kind, step) != ("step", last):
+            break
+        taken[kind].append(picture)
     return Sheet(
         arm=found.trial.arm,
         seed=found.trial.seed,
-        evaluations=tuple(picture for picture in evaluations if picture),
-        stages=read("stages", found.stages[-1]) if found.stages else None,
+        evaluations=tuple(sorted(taken["step"], key=lambda picture: picture.step)),
+        stages=taken["stages"][0] if taken["stages"] else None,
     )
 
 
-def _shrunk(webp: bytes, step: int, pixels: int) -> Picture | None:
-    """Return the picture with at most this many pixels, or None if it is none."""
+def _read(found: _Found, store: Store, kind: str, step: int) -> Picture | None:
+    """Return a preview, or None if it is no picture."""
+    webp = store.trial(found.trial.hash).read_bytes(f"pictures/{kind}_{step:06d}.webp")
     try:
-        small = preview(webp, pixels)
-        size = Image.open(io.BytesIO(small)).size
+        width, height = Image.open(io.BytesIO(webp)).size
     except OSError:
         return None
-    return Picture(step=step, webp=small, width=size[0], height=size[1])
+    return Picture(step=step, webp=webp, width=width, height=height)
