@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from knet_core import (
     build_dataset,
     build_model,
 )
-from knet_core.evaluation import evaluate, measure_fps
+from knet_core.evaluation import evaluate, measure_fps, stage_picture
 from knet_core.structures import PanopticMap, SemanticMap
 
 CPU = torch.device("cpu")
@@ -136,6 +137,21 @@ def test_the_picture_shows_truth_beside_prediction(dataset):
 
 def test_no_picture_where_none_is_wanted(dataset):
     assert evaluate(Oracle(dataset), dataset, EvalConfig(probe_images=0), device=CPU)[1] is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_picture_of_stages_shows_truth_and_every_update_in_a_row(tiny_recipe, task):
+    dataset = build_dataset(tiny_recipe().data, "val", seed=0, task=task)
+    oracle = Oracle(dataset)
+    sheet = np.asarray(Image.open(io.BytesIO(stage_picture(oracle, dataset, 1, device=CPU))))
+    gap = 4
+    width = (sheet.shape[1] - 5 * gap) // 4
+    starts = [gap + place * (width + gap) for place in range(4)]
+    truth, static, first, second = (sheet[:, start : start + width] for start in starts)
+    assert (truth == first).all()
+    assert (first == second).all()
+    assert (static != truth).mean() > 0.02
+    assert oracle.was_training == [False]
 
 
 def test_a_model_of_other_classes_is_refused(dataset):

@@ -154,7 +154,10 @@ def test_results_checkpoints_and_pictures_are_in_the_store(done: Done) -> None:
         assert [point.step for point in result.evaluations] == [3, 6]
         model = load_model(done.home / "storage" / "trials" / trial.hash / result.checkpoint)
         assert model.num_classes == 6
-        assert store.list("pictures") == ["step_000003.png", "step_000006.png"]
+        assert store.list("pictures") == [
+            *("stages_000006.png", "stages_000006.webp"),
+            *("step_000003.png", "step_000003.webp", "step_000006.png", "step_000006.webp"),
+        ]
     assert (done.home / "reports" / "tiny" / "table.md").is_file()
 
 

@@ -22,7 +22,7 @@ def charts(report: Report) -> list[tuple[str, go.Figure]]:
     """Return captions and figures, those of one table after those of another."""
     found = []
     for table in report.tables:
-        suffix = f" Only {table.reason}." if table.reason else ""
+        suffix = f" Rows apart: {table.reason}." if table.reason else ""
         for caption, figure in (
             (_CURVES_CAPTION, curves(report, table)),
             (_SPEED_CAPTION, speed_scatter(report, table)),

@@ -27,7 +27,7 @@ def csv_text(report: Report) -> str:
                 values = [
                     *(number, row.arm, str(row.is_baseline).lower()),
                     *(column.metric, column.heading, *_flat(cell_values(cell)).values()),
-                    *(len(row.trials), row.status, row.gpu_hours, row.usd, lacking),
+                    *(row.seeds, row.status, row.gpu_hours, row.usd, lacking),
                 ]
                 writer.writerow(map(_inert, values))
     return out.getvalue()
@@ -80,7 +80,7 @@ def _arms(report: Report, table: Table) -> dict[str, Any]:
 def _arm(report: Report, row: Row) -> dict[str, Any]:
     return {
         "n": row.cells[0].n,
-        "seeds": len(row.trials),
+        "seeds": row.seeds,
         "status": row.status,
         "gpu_hours": row.gpu_hours,
         "usd": row.usd,

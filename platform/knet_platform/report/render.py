@@ -75,8 +75,7 @@ def p_value(cell: Cell) -> str:
 
 def seeds(row: Row, cell: Cell) -> str:
     """Return how many seeds measured a cell: `3`, or `2 of 3` where some are missing."""
-    planned = len(row.trials)
-    return str(cell.n) if cell.n == planned else f"{cell.n} of {planned}"
+    return str(cell.n) if cell.n == row.seeds else f"{cell.n} of {row.seeds}"
 
 
 def grid(report: Report, table: Table) -> list[Strip]:

@@ -74,6 +74,9 @@ class Row:
     cells: tuple[Cell, ...]
     """One for each of `Report.columns`."""
     trials: tuple[TrialLine, ...]
+    """Those that this table is about; an arm may have others in another table."""
+    seeds: int
+    """Planned for the arm in the whole sweep."""
     gpu_hours: float | None
     """Of all its finished trials together; None before the first."""
     usd: float | None
@@ -269,6 +272,7 @@ def _rows(sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]) -
                 is_baseline=is_baseline,
                 cells=cells,
                 trials=trials,
+                seeds=len(sweep.seeds),
                 gpu_hours=_total(trials, "sys/gpu_hours"),
                 usd=_total(trials, "cost/usd"),
             )
