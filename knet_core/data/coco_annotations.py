@@ -48,10 +48,10 @@ class Annotations:
     def add(self, position: int, entry: Any) -> None:
         """Take one annotation."""
         image, category = get(entry, "image_id"), get(entry, "category_id")
-        for kind, value in (("image", image), ("category", category)):
-            if not is_id(value):
-                self._unknown[kind][short(value)] += 1
         if not (is_id(image) and is_id(category)):
+            for kind, value in (("image", image), ("category", category)):
+                if not is_id(value):
+                    self._unknown[kind][short(value)] += 1
             return
         number = entry.get("id")
         if not is_id(number):
