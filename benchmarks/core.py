@@ -1,18 +1,23 @@
 """The core's speed and memory against the straightforward form of the same mathematics.
 
-python benchmarks/core.py [--bf16] [--device cuda] [--quick] [--only PART ...] [--no-memory]
+python benchmarks/core.py [--bf16] [--device cuda] [--quick] [--only PART ...]
+    [--keep-memory both] [--no-memory]
 
-Both forms run alternately, round by round, in one process; a row is the median of the rounds, its
-ratio the median of the rounds' ratios. Before that their results are compared, and a difference
-beyond the stated tolerance ends the run. Peak memory is measured in a process of its own for each
-form, above what its inputs and weights take, with the allocator as it comes; for times on a CPU
-both sides keep freed memory. The reference is `straightforward.py`; its network is the same
-modules as they are built: NCHW, batch normalisation not folded. In training ours is NCHW too in
-fp32, where channels_last gained nothing, and channels_last under bf16 and on a GPU.
+Each form has a process of its own, and they run alternately, round by round; a row is the median
+of the rounds, its ratio the median of the rounds' ratios. Before that their results are compared,
+and a difference beyond the stated tolerance ends the run. Peak memory is what one call takes above
+its inputs and weights, in a fresh process with the allocator as it comes.
+
+The reference is `straightforward.py`; its network is the same modules as they are built: NCHW,
+batch normalisation not folded. In training ours is NCHW too in fp32, where channels_last gained
+nothing, and channels_last under bf16 and on a GPU. On a CPU our process keeps the memory that it
+frees, as the commands of `knet` do; the reference is a plain process, unless `--keep-memory both`
+gives it the same.
 """
 
 import argparse
 import copy
+import ctypes
 import resource
 import statistics
 import subprocess
@@ -57,6 +62,7 @@ THINGS, STUFF, KERNELS = 80, 53, 100
 SMALL, LARGE = (512, 512), (800, 1216)
 OBJECTS = 10
 CROWD = 300
+SIDES = REFERENCE, OURS = "reference", "ours"
 CROWD_LIMIT = 6.0
 """GB of peak resident memory that a training step on a crowded image may take."""
 GAIN = 0.3
@@ -512,14 +518,54 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, floa
     return time.perf_counter() - start, time.process_time() - busy
 
 
-def measure(part: Part, setting: Setting, rounds: int) -> list[str]:
-    """Return the cells of a part's row, memory aside."""
+class Runner:
+    """One form of a part, built in a process of its own and run on demand."""
+
+    def __init__(self, part: str, side: str, flags: list[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *flags, "--serve", part, side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.agreement = self._answer()
+
+    def run(self) -> tuple[float, float]:
+        """Run once; return what `timed` does."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        clock, busy = self._answer().split()
+        return float(clock), float(busy)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(self._process.wait())  # its traceback has been printed
+        return line.strip()
+
+
+def serve(part: Part, side: str, setting: Setting) -> None:
+    """Be the process of a `Runner`."""
     comparison = part.build(setting)
-    agreement = comparison.check()
-    times = []
-    for _ in range(rounds):
-        reference = timed(comparison.reference, setting.device)
-        times.append((reference, timed(comparison.ours, setting.device)))
+    call: Callable[[], object] = getattr(comparison, side)
+    call()
+    print(comparison.check() if side == OURS else "", flush=True)
+    for _ in sys.stdin:
+        print(*timed(call, setting.device), flush=True)
+
+
+def measure(name: str, setting: Setting, rounds: int, flags: list[str]) -> list[str]:
+    """Return the cells of a part's row, memory aside."""
+    part = PARTS[name]
+    runners = [Runner(name, side, flags) for side in SIDES]
+    times = [[runner.run() for runner in runners] for _ in range(rounds)]
+    for runner in runners:
+        runner.close()
     ratio, cpu_ratio = (
         statistics.median(ours[clock] / reference[clock] for reference, ours in times)
         for clock in range(2)
@@ -537,7 +583,7 @@ def measure(part: Part, setting: Setting, rounds: int) -> list[str]:
         f"{cpu_ratio:.2f}",
         f"{target:.2f}",
         "yes" if ratio <= target else "no",
-        agreement,
+        runners[1].agreement,
     ]
 
 
@@ -548,6 +594,7 @@ def peak_of(call: Callable[[], object], setting: Setting) -> int:
         held = torch.cuda.memory_allocated(setting.device)
         call()
         return torch.cuda.max_memory_allocated(setting.device) - held
+    ctypes.CDLL(None).malloc_trim(0)  # what building left over is no room for the call
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     held = status_bytes("VmRSS")
     call()
@@ -606,12 +653,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 7, quick: 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument(
+        "--keep-memory", choices=("ours", "both"), default="ours", help="see above (default: ours)"
+    )
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     setting = Setting(device=torch.device(args.device), bf16=args.bf16, quick=args.quick)
-    if setting.device.type == "cpu" and not args.memory_of:
-        keep_freed_memory()
+    if args.serve:
+        part, side = args.serve
+        if setting.device.type == "cpu" and (side == OURS or args.keep_memory == "both"):
+            keep_freed_memory()
+        serve(PARTS[part], side, setting)
+        return
     if args.memory_of:
         part, side = args.memory_of
         if part == "crowded":
@@ -621,6 +676,7 @@ def main() -> None:
         return
 
     passed_on = ["--device", args.device, "--threads", str(args.threads)]
+    passed_on += ["--keep-memory", args.keep_memory]
     passed_on += ["--bf16"] * args.bf16 + ["--quick"] * args.quick
     memory = not args.no_memory
     columns = ["part", "reference ms", "ours ms", "ratio", "CPU-time ratio", "target", "reached"]
@@ -631,10 +687,10 @@ def main() -> None:
     for name, part in PARTS.items():
         if (args.only and name not in args.only) or (args.bf16 and part.bf16_target is None):
             continue
-        cells = measure(part, setting, args.rounds or (2 if args.quick else 7))
+        cells = measure(name, setting, args.rounds or (2 if args.quick else 7), passed_on)
         if memory:
-            for side in ("reference", "ours"):
-                cells.append(f"{in_own_process(*passed_on, '--memory-of', name, side):.2f}")
+            for side in SIDES:
+                cells.append(f"{in_own_process(*passed_on, '--memory-of', name, side):.3f}")
         print(f"| {' | '.join(cells)} |", flush=True)
     if memory and (not args.only or "crowded" in args.only):
         print()

@@ -1,11 +1,23 @@
 """The straightforward form of K-Net's losses and results: what `core.py` measures against.
 
-The same mathematics in the order of the published code: one pass over the masks per term, targets
-of the predictions' size, one-hot focal loss, objects painted one by one, and every mask resized to
-the image before any is compared. Sections are those of KNET_SPEC.
+The same mathematics as a reader of the specification would write it down, with the habits of the
+published code where they cost something. Of `knet_core` it takes only the types of its inputs, and
+nothing is slower than the published form. Sections are those of KNET_SPEC.
+
+- Matching: each cost term takes its own sigmoid and its own products with the objects; agreement
+  of masks is a product of the masks and one of their complements.
+- Losses: masks are enlarged once per stage, and serve their own loss and the next matching; the
+  targets of all kernels, matched or not, are one (B, R, h, w) float array per stage, from which
+  those of matched kernels are picked; each term takes its own sigmoid; focal losses are against
+  one-hot targets, a float for each class and pixel; labels are painted object by object.
+- Panoptic maps: all masks are resized to the padded image, cut, and resized to the original
+  before any two are compared; each segment then counts its pixels over the whole image.
+- The network is not here: `core.py` runs the modules as they are built, NCHW, with batch
+  normalisation as a layer of its own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -87,23 +99,23 @@ def panoptic_criterion(
     previous: StageOutput | None = None
     for number, stage in enumerate(output.stages[1:], start=1):
         if previous is not None:
-            earlier = _upsample(previous.masks[:, :num_instances])
             assert previous.class_logits is not None
             matches = [
                 match(
-                    mask.detach(),
+                    mask[:num_instances].detach(),
                     scores[:num_instances, :num_things].detach(),
                     there,
                     target.labels,
                     weights,
                 )
                 for mask, scores, there, target in zip(
-                    earlier, previous.class_logits, objects, targets, strict=True
+                    previous.masks, previous.class_logits, objects, targets, strict=True
                 )
             ]
-        losses = _stage_losses(stage, matches, targets, objects, stuff, weights, num_things)
+        large = replace(stage, masks=_upsample(stage.masks))
+        losses = _stage_losses(large, matches, targets, objects, stuff, weights, num_things)
         terms |= {f"stage{number}/{name}": value for name, value in losses.items()}
-        previous = stage
+        previous = large
     return terms
 
 
@@ -151,7 +163,7 @@ def _stage_losses(
     num_things: int,
 ) -> dict[str, Tensor]:
     assert stage.class_logits is not None
-    masks = _upsample(stage.masks)
+    masks = stage.masks
     batch, num_rows, _, _ = masks.shape
     num_classes = stage.class_logits.shape[-1]
     num_instances = num_rows - (num_classes - num_things)
