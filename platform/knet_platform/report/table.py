@@ -220,7 +220,9 @@ _Kind = tuple[str, str] | None
 
 
 def _kind(line: TrialLine) -> _Kind:
-    return line.origin and (line.origin.data_fingerprint, line.origin.evaluation_digest)
+    if line.origin is None:
+        return None
+    return line.origin.data_fingerprint, line.origin.evaluation_digest
 
 
 def _reason(kind: _Kind, first: _Kind) -> str:

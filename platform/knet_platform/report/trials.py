@@ -158,7 +158,9 @@ def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
 
 def _origin(store: TrialStore) -> Origin | None:
     found = store.provenance()
-    return found and Origin(
+    if found is None:
+        return None
+    return Origin(
         data_fingerprint=found.data_fingerprint,
         evaluation_digest=found.evaluation_digest,
         git_sha=found.git_sha,
