@@ -217,16 +217,20 @@ class _Run:
         )
 
     def _memory_error(self, error: torch.OutOfMemoryError) -> TrainingMemoryError:
+        """Say with how many images to go on, or what else would help."""
         images = self._images_at_once
         advice = "lower data.short_edge, data.long_edge or model.num_kernels"
         if images == 1:
             fewer = None
         elif is_separable(self._trainer.model):
-            fewer, advice = -(-images // 2), f"train.micro_batch={-(-images // 2)} needs less"
+            fewer, advice = (
+                -(-images // 2),
+                f"train.micro_batch={-(-images // 2)} needs less, but weighs images differently",
+            )
         else:
             fewer = None
             advice = "its batch normalisation needs them together: use more workers, or " + advice
-        reason = str(error).partition(". ")[0].splitlines()[0]
+        reason = str(error).partition(". ")[0]
         return TrainingMemoryError(
             f"step {self._step + 1}: no memory to train on {images} image(s) of a worker at a "
             f"time ({reason}); {advice}, or try train.precision=bf16",

@@ -61,7 +61,7 @@ class MemoryLimit:
 
 def _no_memory(infos: Sequence[ImageInfo], error: Exception) -> str:
     images = ", ".join(info.file_name for info in infos)
-    reason = str(error).partition(". ")[0].splitlines()[0]
+    reason = str(error).partition(". ")[0]
     return (
         f"evaluation: no memory to predict one image at a time, of {images} ({reason}); lower "
         f"data.short_edge or data.long_edge, or set eval.window for semantic models"

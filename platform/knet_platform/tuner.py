@@ -191,7 +191,7 @@ class _Bridge(ray.tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._running: set[str] = set()
-        self._finished: set[str] = set()
+        self._ended: set[str] = set()
         self._stopped: dict[str, str] = {}
         """Reasons by hash of trials that need not be tried."""
         self._refused: dict[str, list[Trial]] = {}
@@ -260,21 +260,20 @@ class _Bridge(ray.tune.Callback):
 
     def _stop_alike(self, failed: Trial, cause: Cause, reason: str) -> None:
         """Stop the trials that would fail in the same way, before they are paid for."""
+        alike: list[Trial] = []
         if cause == "data":
-            shared, what = _same_data, "its data"
+            alike = [t for t in self._trials.values() if t.recipe.data == failed.recipe.data]
         elif cause == "configuration":
-            arms = self._refused.setdefault(reason, [])
-            everywhere = any(not _in_common(failed, other) for other in arms)
-            arms.append(failed)
-            shared, what = (_any, "every arm") if everywhere else (_same_arm, f"arm {failed.arm}")
-        else:
-            return
-        for trial in self._trials.values():
-            ended = trial.hash in self.failed or trial.hash in self._finished
-            if ended or trial.hash in self._stopped or not shared(failed, trial):
-                continue
-            self._stopped[trial.hash] = f"stopped: {failed.name} found {what} unusable"
-            attempts.revoke(self._store.trial(trial.hash))
+            before = self._refused.setdefault(reason, [])
+            # Two arms that set nothing in common and are refused in the same words: it lies in
+            # what all arms share.
+            everywhere = any(not _in_common(failed, other) for other in before)
+            before.append(failed)
+            alike = [t for t in self._trials.values() if everywhere or t.arm == failed.arm]
+        for trial in alike:
+            if trial.hash not in self._ended and trial.hash not in self._stopped:
+                self._stopped[trial.hash] = f"stopped, as {failed.name} failed: {reason}"
+                attempts.revoke(self._store.trial(trial.hash))
 
     def interrupt(self) -> None:
         """Close the runs of trials that are not finished; they can go on later."""
@@ -323,6 +322,7 @@ class _Bridge(ray.tune.Callback):
         started = trial.hash in self._running
         self._running.discard(trial.hash)
         self._log_provenance(trial)  # by now with the first worker's machine
+        self._ended.add(trial.hash)
         if failure is not None:
             self.failed[trial.hash] = failure
             stopped = trial.hash in self._stopped
@@ -330,25 +330,12 @@ class _Bridge(ray.tune.Callback):
                 self._tracker.finish_trial(trial.hash, "KILLED" if stopped else "FAILED", failure)
             self._progress.end(trial, failure if stopped else f"failed: {failure}")
             return
-        self._finished.add(trial.hash)
         self._tracker.finish_trial(trial.hash, "FINISHED")
         name = self._sweep.metric.name
         value = self._values[trial.hash].get(name)
         self._progress.end(
             trial, "finished" if value is None else f"finished  {show_metric(name, value)}"
         )
-
-
-def _same_data(one: Trial, other: Trial) -> bool:
-    return one.recipe.data == other.recipe.data
-
-
-def _same_arm(one: Trial, other: Trial) -> bool:
-    return one.arm == other.arm
-
-
-def _any(one: Trial, other: Trial) -> bool:
-    return True
 
 
 def _in_common(one: Trial, other: Trial) -> bool:

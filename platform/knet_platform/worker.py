@@ -38,9 +38,11 @@ def train_worker(config: dict[str, Any]) -> str:
     resumed = ray.train.get_checkpoint()
     if resumed is None and (name := store.latest_checkpoint()):  # Ray Train lost its record
         resumed = ray.train.Checkpoint(f"{store.uri}/{name}")
+    rank = ray.train.get_context().get_world_rank()
+    stacks_name = f"{FAILURES}/hang_attempt{config['attempt']}_rank{rank}.txt"
     watchdog = Watchdog(
         config["hang_minutes"] * 60 or math.inf,
-        lambda stacks: store.write_bytes(_stacks_name(config["attempt"]), stacks),
+        lambda stacks: store.write_bytes(stacks_name, stacks),
     )
     reporter = RayReporter(
         store,
@@ -148,11 +150,6 @@ def picture_name(step: int) -> str:
 def stage_picture_name(step: int) -> str:
     """Return where the masks after every update lie below a trial's folder."""
     return f"{PICTURES}/stages_{step:06d}.png"
-
-
-def _stacks_name(attempt: int) -> str:
-    rank = ray.train.get_context().get_world_rank()
-    return f"{FAILURES}/hang_attempt{attempt}_rank{rank}.txt"
 
 
 def hang_reports(store: TrialStore, attempt: int) -> Sequence[str]:

@@ -105,7 +105,7 @@ def test_a_stopped_trial_has_a_reason_and_a_run_only_if_it_had_begun(played: Pla
     for name in ("2/0", "2/1"):
         played.report(name, outcome="stopped")
         reason = played.bridge.failed[played.trials[name].hash]
-        assert reason == "stopped: 1/0 found its data unusable"
+        assert reason == "stopped, as 1/0 failed: a.jpg: cut short"
     assert played.tracker.status(played.trials["2/0"].hash) == "KILLED"
     assert played.tracker.status(played.trials["2/1"].hash) is None
     assert played.store.trial(played.trials["2/0"].hash).status() == "new"
