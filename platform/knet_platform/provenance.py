@@ -35,7 +35,7 @@ EVALUATION_CODE = (
     *("data/dataset.py", "data/source.py", "data/transforms.py"),
 )
 """Files of `knet_core`."""
-EVALUATION_PACKAGES = ("faster-coco-eval", "pycocotools")
+EVALUATION_PACKAGES = ("faster-coco-eval", "pycocotools", "torchvision")
 
 _CORE = Path(knet_core.__file__).parent
 _LOCK = "requirements.lock"
