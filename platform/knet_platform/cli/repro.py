@@ -133,9 +133,13 @@ def _run_again(recorded: RecordedRun, work: Path) -> RecordedRun:
             )
     environment = _clean_environment() | training.environment
     _require_same_data(recorded, training.folder, environment)
-    # Its progress and its table are for people, like this verb's own progress.
+    # Its progress is shown; its result is compared below, and its files are gone in the end.
     code = subprocess.run(
-        training.words, cwd=training.folder, env=environment, stdout=sys.stderr, check=False
+        training.words,
+        cwd=training.folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=False,
     ).returncode
     if code:
         raise TrialsFailedError(
@@ -195,7 +199,7 @@ def _steps(recorded: RecordedRun, work: Path) -> list[_Step]:
     # A clone that borrows this repository's objects: quick, and nothing here is written.
     clone = ("git", "clone", "--quiet", "--shared", "--no-checkout", str(_REPOSITORY), str(code))
     checkout = ("git", "-C", str(code), "checkout", "--quiet", "--detach", provenance.git_sha)
-    apply = ("git", "-C", str(code), "apply", str(work / "patch.diff"))
+    apply = ("git", "-C", str(code), "apply", "--whitespace=nowarn", str(work / "patch.diff"))
     commands = [clone, checkout, *([apply] if provenance.patch else [])]
     arguments = ["train", str(work / "recipe.yaml"), "--output", str(work / "run")]
     if provenance.workers > 1:

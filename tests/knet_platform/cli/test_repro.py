@@ -13,6 +13,7 @@ import pytest
 from knet_core import DataConfig, Recipe
 from knet_platform.cli import repro
 from knet_platform.cli.main import main
+from knet_platform.cli.runs import RecordedRun
 from knet_platform.provenance import Provenance, capture
 from knet_platform.source import Source
 from knet_platform.storage import Store, TrialResult
@@ -144,6 +145,35 @@ def test_other_data_is_refused(record, capsys: pytest.CaptureFixture[str]) -> No
     assert "is not what it was trained on" in refusal(capsys)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "tolerance", "code", "said"),
+    [
+        ({"val/AP": 0.25, "bench/fps": 9.0}, "0", 0, "every score is equal to the last digit"),
+        ({"val/AP": 0.2505}, "0.001", 0, "reproduced: the largest difference of a score is 0.000"),
+        ({"val/AP": 0.2505}, "0", 3, "not reproduced: the largest difference of a score is 0.000"),
+        ({"val/PQ": 0.25}, "1", 3, "have not the same scores"),
+    ],
+)
+def test_the_distance_decides(
+    metrics: dict[str, float],
+    tolerance: str,
+    code: int,
+    said: str,
+    record,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    provenance = record()
+    folder = Store(str(home / "again")).run_folder()
+    folder.write_provenance(provenance, "")
+    folder.write_result(dataclasses.replace(RESULT, metrics=metrics))
+    again = RecordedRun(name="again", folder=folder, provenance=provenance)
+    monkeypatch.setattr(repro, "_run_again", lambda *_: again)
+    assert main(["repro", "aaaa1111", "--tolerance", tolerance]) == code
+    assert said in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_dry_run_prints_the_commands_and_runs_nothing(
     record, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +189,7 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(
     ]
     assert clone == f"git clone --quiet --shared --no-checkout {project} {work}/code"
     assert checkout == f"git -C {work}/code checkout --quiet --detach {sha}"
-    assert apply == f"git -C {work}/code apply {work}/patch.diff"
+    assert apply == f"git -C {work}/code apply --whitespace=nowarn {work}/patch.diff"
     assert "OMP_NUM_THREADS=2" in train
     assert train.endswith(f"train {work}/recipe.yaml --output {work}/run)")
 
