@@ -226,7 +226,10 @@ class TrialStore:
 
     def provenance_files(self) -> dict[str, bytes]:
         """Return what is recorded of the trial's making, by file name, for keeping elsewhere."""
-        names = [name for name in self.list() if name in ("provenance.json", "patch.diff")]
+        provenance = self.provenance()
+        if provenance is None:
+            return {}
+        names = ["provenance.json", *(["patch.diff"] if provenance.patch else [])]
         return {name: self.read_bytes(name) for name in names}
 
     def write_machine(self, *, threads: int, accelerator: dict[str, str] | None) -> None:

@@ -10,7 +10,13 @@ import pytest
 import knet_core
 from knet_core import DataConfig, Recipe, data_fingerprint
 from knet_platform import provenance
-from knet_platform.provenance import EVALUATION_CODE, PACKAGES, capture, with_absolute_root
+from knet_platform.provenance import (
+    EVALUATION_CODE,
+    PACKAGES,
+    accelerator,
+    capture,
+    with_absolute_root,
+)
 from knet_platform.source import Source
 from knet_platform.storage import Store
 
@@ -52,9 +58,10 @@ def test_a_planted_secret_is_nowhere_in_a_record(
 def test_a_record_is_read_back_as_written(tmp_path: Path) -> None:
     trial = Store(str(tmp_path)).trial("ab")
     assert trial.provenance() is None
+    assert trial.provenance_files() == {}
     written = capture(SHAPES, workers=1, source=SOURCE)
     trial.write_provenance(written, SOURCE.patch)
-    assert trial.read_bytes("patch.diff").decode() == SOURCE.patch
+    assert trial.provenance_files()["patch.diff"].decode() == SOURCE.patch
     assert trial.status() == "new"
     read = trial.provenance()
     assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(written))
@@ -70,6 +77,18 @@ def test_without_changes_there_is_no_patch(tmp_path: Path) -> None:
     clean = Source(git_sha="a" * 40, patch="")
     trial.write_provenance(capture(SHAPES, workers=1, source=clean), clean.patch)
     assert trial.list() == ["provenance.json"]
+    assert list(trial.provenance_files()) == ["provenance.json"]
+
+
+def test_a_gpu_is_recorded_with_its_driver_where_there_is_one() -> None:
+    import torch
+
+    found = accelerator()
+    assert (found is not None) == torch.cuda.is_available()
+    if found is not None:
+        assert "NVIDIA" in found["name"]
+        assert found["driver"].split(".")[0].isdigit()
+        assert found["cuda"].count(".") == 1
 
 
 def test_the_evaluation_is_told_from_the_rest_of_the_code(
