@@ -12,10 +12,12 @@ from knet_platform.storage import Cause
 ADVICE: dict[Cause, str] = {
     "preempted": "Nothing to do: the trial goes on from its newest checkpoint. If it makes no "
     "progress, save more often (train.checkpoint_every) or use machines that are taken away less.",
-    "out_of_memory_training": "Set train.micro_batch, or give each worker fewer images "
-    "(resources.workers) or more memory; the images per step stay the same.",
-    "out_of_memory_evaluation": "Set eval.batch_size to 1; if that is not enough, evaluate "
-    "smaller images or give each worker more memory.",
+    "out_of_memory_training": "Nothing to do where the trial went on with smaller micro-batches: "
+    "the images per step are the same. Set train.micro_batch to save the lost attempt. If one "
+    "image at a time is too much, give each worker more memory.",
+    "out_of_memory_evaluation": "Nothing to do where the trial went on with fewer images at a "
+    "time: the scores are the same. Set eval.batch_size to save the lost time. If one image at a "
+    "time is too much, give each worker more memory.",
     "non_finite": "The dump holds the batch, the costs and the loss terms. Look at its images "
     "with knet data check, then lower optim.lr or lengthen optim.warmup_iterations.",
     "data": "Mend the file that the message names (knet data check finds all such files), then "
