@@ -199,20 +199,24 @@ def _tables(
 ) -> tuple[Table, ...]:
     """Return one table for each kind of measurement, the baseline's first.
 
-    Trials without a result have nothing to compare yet and stay in the first.
+    Trials that have not started are of no kind yet and stay in the first.
     """
     measured = [line for line in lines if line.metrics]
-    kinds = Counter(_kind(line) for line in measured if line.arm == sweep.baseline)
-    kinds = kinds or Counter(map(_kind, measured))
-    first = kinds.most_common(1)[0][0] if kinds else None
-    tables = []
-    for kind in dict.fromkeys([first, *map(_kind, measured)]):
-        members = [
-            line for line in lines if (_kind(line) == kind if line.metrics else kind == first)
-        ]
-        reason = "" if kind == first else _reason(kind, first)
-        tables.append(Table(reason=reason, rows=_rows(sweep, members, columns)))
-    return tuple(tables)
+    started = [line for line in lines if line.metrics or line.origin]
+    candidates = [line for line in measured if line.arm == sweep.baseline] or measured or started
+    counts = Counter(map(_kind, candidates))
+    first = counts.most_common(1)[0][0] if counts else None
+    members: dict[_Kind, list[TrialLine]] = {first: []}
+    for line in lines:
+        kind = _kind(line) if line.metrics or line.origin else first
+        members.setdefault(kind, []).append(line)
+    return tuple(
+        Table(
+            reason="" if kind == first else _reason(kind, first),
+            rows=_rows(sweep, group, columns),
+        )
+        for kind, group in members.items()
+    )
 
 
 _Kind = tuple[str, str] | None

@@ -204,6 +204,21 @@ def test_rows_of_other_data_or_evaluation_code_stand_in_tables_of_their_own(
     assert [(row.arm, row.cells[0].n) for row in newer.rows] == [("3", 1), ("5", 1)]
 
 
+def test_a_trial_on_other_data_stands_apart_from_its_start(sweep: Sweep, store: Store) -> None:
+    trials = {trial.name: store.trial(trial.hash) for trial in sweep.trials}
+    for name, data in {
+        "3/0": "same",
+        "3/1": "same",
+        "3/2": "same",
+        "1/0": "same",
+        "5/1": "other",
+    }.items():
+        trials[name].write_provenance(_provenance(sweep, data=data, evaluation="same"), "")
+    first, apart = build_report(sweep, store).tables
+    assert [(row.arm, [line.seed for line in row.trials]) for row in apart.rows] == [("5", [1])]
+    assert [line.seed for line in first.rows[3].trials] == [0, 2]
+
+
 def test_results_without_a_record_are_not_mixed_with_others(
     sweep: Sweep, store: Store, make_result: Results
 ) -> None:
