@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from knet_platform.report.table import Cell, Column, Report, Row, Table
+from knet_platform.report.trials import TrialLine
 
 NOTHING = "-"
 ONE_SEED = "one seed"
@@ -21,6 +22,8 @@ TERMINAL_WIDTH = 100
 MIN_ARM_WIDTH = 14
 """Columns an arm's name keeps however many metrics there are."""
 _GAP = 2
+_MOST_NAMES = 10
+"""Trials or arms named in one note; CSV and JSON name all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,26 +163,40 @@ def method(report: Report) -> list[str]:
 def reduced(report: Report) -> list[tuple[str, str]]:
     """Return the trials that ran with smaller micro-batches than asked, as (names, what)."""
     return _together(
+        report,
         (
-            f"{line.arm}/{line.seed}",
-            f"out of memory, so trained with micro-batches of {line.micro_batch} "
-            "(the same images per step)",
-        )
-        for line in report.trials
-        if line.micro_batch is not None
+            (
+                line,
+                f"out of memory, so trained with micro-batches of {line.micro_batch} "
+                "(the same images per step)",
+            )
+            for line in report.trials
+            if line.micro_batch is not None
+        ),
     )
 
 
 def missing(report: Report) -> list[tuple[str, str]]:
     """Return the trials without a value, those with the same fate together, as (names, fate)."""
-    return _together((f"{line.arm}/{line.seed}", line.detail) for line in report.unfinished)
+    return _together(report, ((line, line.detail) for line in report.unfinished))
 
 
-def _together(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    names: dict[str, list[str]] = {}
-    for name, fate in pairs:
-        names.setdefault(fate, []).append(name)
-    return [(", ".join(group), fate) for fate, group in names.items()]
+def _together(report: Report, fates: Iterable[tuple[TrialLine, str]]) -> list[tuple[str, str]]:
+    """Name trials of one fate together: whole arms by themselves, a long list by its start."""
+    groups: dict[str, dict[str, list[int]]] = {}
+    for line, fate in fates:
+        groups.setdefault(fate, {}).setdefault(line.arm, []).append(line.seed)
+    planned = {row.arm: row.seeds for row in report.rows}
+    found = []
+    for fate, arms in groups.items():
+        names: list[str] = []
+        for arm, of_arm in arms.items():
+            whole = len(of_arm) == planned[arm] > 1
+            names += [f"{arm} (every seed)"] if whole else [f"{arm}/{seed}" for seed in of_arm]
+        if len(names) > _MOST_NAMES:
+            names = [*names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1} more"]
+        found.append((", ".join(names), fate))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

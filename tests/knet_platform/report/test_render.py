@@ -17,7 +17,7 @@ from knet_platform.planning import Sweep
 from knet_platform.report import Report, Terminal, build_report, write_report
 from knet_platform.report.data_files import csv_text, json_text
 from knet_platform.report.page import html
-from knet_platform.report.render import latex, markdown, number
+from knet_platform.report.render import latex, markdown, missing, number
 from knet_platform.storage import Failure, Store
 
 
@@ -50,7 +50,7 @@ def test_the_terminal_table_fits_100_columns_and_marks_the_baseline(report: Repo
     (one,) = [line for line in table if line.startswith("1 ")]
     assert re.search(r"10\.0 \(one seed\) +1 of 3 +-20\.0 +(- +)?21\.8 +-7\.7 +same sign", one)
     assert any(line.startswith("more columns on the page: Δ paper") for line in lines)
-    assert any("4/0, 4/1, 4/2: failed: WorkerDied" in line for line in lines)
+    assert any("missing: 4 (every seed): failed: WorkerDied" in line for line in lines)
 
 
 def test_a_wide_terminal_shows_every_column(report: Report) -> None:
@@ -69,6 +69,18 @@ def test_a_narrow_terminal_and_a_long_name_never_cut_a_number(report: Report) ->
     assert len(line) <= 100
     assert "34.1" in line
     assert not any("…" in line for line in lines)
+
+
+def test_a_long_list_of_missing_trials_is_told_by_its_start(report: Report) -> None:
+    (names,) = [names for names, fate in missing(report) if fate.startswith("not started")]
+    assert names == "1/1, 1/2, 5 (every seed)"
+    line = report.tables[0].rows[3].trials[0]
+    trials = tuple(dataclasses.replace(line, seed=seed) for seed in range(40))
+    row = dataclasses.replace(report.tables[0].rows[3], trials=trials, seeds=50)
+    table = dataclasses.replace(report.tables[0], rows=(row,))
+    ((names, _),) = missing(dataclasses.replace(report, tables=(table,)))
+    assert names.startswith("5/0, 5/1, ")
+    assert names.endswith(", 5/8, 31 more")
 
 
 def test_markdown_rows_have_as_many_cells_as_the_heading(report: Report) -> None:
@@ -194,7 +206,14 @@ def test_names_and_messages_cannot_add_markup_to_the_page(sweep: Sweep, store: S
     trial = next(trial for trial in sweep.trials if trial.name == "5/0")
     _fail(store, trial.hash, evil)
     report = build_report(sweep, store)
-    rows = tuple(dataclasses.replace(row, arm=row.arm + evil) for row in report.rows)
+    rows = tuple(
+        dataclasses.replace(
+            row,
+            arm=row.arm + evil,
+            trials=tuple(dataclasses.replace(line, arm=line.arm + evil) for line in row.trials),
+        )
+        for row in report.rows
+    )
     sheets = tuple(dataclasses.replace(sheet, arm=evil) for sheet in report.sheets)
     columns = tuple(dataclasses.replace(column, heading=evil) for column in report.columns)
     table = dataclasses.replace(report.tables[0], rows=rows, reason=evil)
