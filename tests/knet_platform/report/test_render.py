@@ -223,7 +223,7 @@ def test_names_and_messages_cannot_add_markup_to_the_page(sweep: Sweep, store: S
         )
     )
     assert "<script>alert" not in text
-    assert "\\u003cscript" in text or "&lt;script&gt;alert(1)" in text
+    assert "&lt;script&gt;alert(1)" in text
 
 
 def test_the_page_tells_what_went_wrong_and_what_to_do(sweep: Sweep, store: Store) -> None:
