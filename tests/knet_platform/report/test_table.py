@@ -9,6 +9,7 @@ from scipy import stats
 from knet_platform.planning import Sweep
 from knet_platform.provenance import Provenance
 from knet_platform.report import build_report
+from knet_platform.report.page import html
 from knet_platform.storage import Store, TrialResult, TrialStore
 
 Results = Callable[..., TrialResult]
@@ -237,9 +238,14 @@ def test_a_trial_tells_how_it_was_started(sweep: Sweep, store: Store) -> None:
     trial = next(trial for trial in sweep.trials if trial.name == "3/0")
     folder = store.trial(trial.hash)
     folder.write_provenance(_provenance(sweep, data="d", evaluation="e"), "diff")
-    lines = {(line.arm, line.seed): line for line in build_report(sweep, store).trials}
+    report = build_report(sweep, store)
+    lines = {(line.arm, line.seed): line for line in report.trials}
     origin = lines["3", 0].origin
     assert origin is not None
     assert (origin.git_sha, origin.patch) == ("abc123", f"{folder.uri}/patch.diff")
     assert origin.command == "knet run stages.yaml --seeds 3"
     assert lines["5", 0].origin is None
+    page = html(report)
+    again = page[page.index('id="again"') :]
+    for told in (f"knet repro {trial.hash}", origin.command, "abc123", origin.patch):
+        assert told in again
