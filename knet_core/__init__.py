@@ -33,7 +33,14 @@ from knet_core.errors import (
 if TYPE_CHECKING:
     from knet_core.checkpoint import load_model
     from knet_core.checkpoint_state import CheckpointState, load_recipe, parse_state, read_state
-    from knet_core.data import build_dataset, data_fingerprint, data_home, load_image, make_shapes
+    from knet_core.data import (
+        DATA_HOMES,
+        build_dataset,
+        data_fingerprint,
+        data_home,
+        load_image,
+        make_shapes,
+    )
     from knet_core.data.check import check_data
     from knet_core.data.check_report import CHECK_ERRORS, CHECK_WARNINGS, CheckReport, Finding
     from knet_core.data.convert import coco_from_index_masks, coco_from_via, write_coco
@@ -100,6 +107,7 @@ _LAZY = {
     "contact_sheet": "knet_core.visualize",
     "data_fingerprint": "knet_core.data",
     "data_home": "knet_core.data",
+    "DATA_HOMES": "knet_core.data",
     "draw": "knet_core.visualize",
     "draw_instances": "knet_core.visualize",
     "draw_kernel_maps": "knet_core.kernel_maps",
@@ -129,6 +137,7 @@ _LAZY = {
 __all__ = [
     "CHECK_ERRORS",
     "CHECK_WARNINGS",
+    "DATA_HOMES",
     "BackboneConfig",
     "Batch",
     "Callback",

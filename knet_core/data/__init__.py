@@ -7,7 +7,7 @@ imported on first use, so that planning a sweep stays fast.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from knet_core.data.paths import data_fingerprint, data_home, resolve_root
+from knet_core.data.paths import DATA_HOMES, data_fingerprint, data_home, resolve_root
 
 if TYPE_CHECKING:
     from knet_core.data.dataset import Sample, SegmentationDataset, build_dataset, collate
@@ -30,6 +30,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DATA_HOMES",
     "Category",
     "Sample",
     "SegmentationDataset",

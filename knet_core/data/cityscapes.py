@@ -67,6 +67,8 @@ class CityscapesSource(SegmentSource):
         DataError: A photograph has no map, or there are none; one line for each problem.
     """
 
+    annotated = True
+
     def __init__(self, files: SplitFiles, *, training: bool, task: Task) -> None:
         things = tuple(Category(*row, isthing=task != "semantic") for row in THINGS.items())
         stuff = tuple(Category(*row, isthing=False) for row in STUFF.items())

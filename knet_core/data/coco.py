@@ -40,6 +40,7 @@ class CocoSource(ListedImages):
         self._files = files
         self._index = index = read_index(files, training=training)
         self.categories = index.categories
+        self.annotated = index.annotated
         self._kept = np.arange(len(index.image_ids))
         if training:
             objects = np.zeros(len(index.image_ids), dtype=np.int64)
@@ -94,17 +95,8 @@ class CocoSource(ListedImages):
 
         Annotations are numbered from 1: pycocotools takes id 0 for "not matched". Areas are the
         file's, by which COCO sorts small from large; where it states none, the mask's.
-
-        Raises:
-            DataError: The file lists images only, as that of COCO's test-dev.
         """
         table = self._index
-        if not table.annotated:
-            raise DataError(
-                f"{self._files.annotations}: lists images without annotations, so nothing can "
-                f"be scored; expected a list named 'annotations': predict with it, or set "
-                f"data.val.annotations to an annotated split"
-            )
         annotations: list[dict[str, Any]] = []
         for image in self._kept.tolist():
             height, width = table.sizes[image].tolist()

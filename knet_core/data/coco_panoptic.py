@@ -5,7 +5,7 @@ import numpy as np
 from knet_core.config import Task
 from knet_core.data.images import SMALLEST_SIDE, check_size, no_image_left, open_image
 from knet_core.data.listed_images import ListedImages
-from knet_core.data.panoptic_index import PanopticIndex, read_panoptic_index
+from knet_core.data.panoptic_index import PanopticIndex, map_folder, read_panoptic_index
 from knet_core.data.paths import SplitFiles
 from knet_core.data.segments import Segments, SegmentSource
 from knet_core.data.source import places
@@ -14,6 +14,9 @@ from knet_core.errors import DataError
 
 class CocoPanopticSource(ListedImages, SegmentSource):
     """One split of a COCO panoptic data set.
+
+    Outside training the file may lack annotations (COCO's test-dev): its images then are void and
+    can be predicted, not scored.
 
     Args:
         files: Where the split lies; the PNGs lie in the folder named like the JSON file.
@@ -29,7 +32,8 @@ class CocoPanopticSource(ListedImages, SegmentSource):
 
     def __init__(self, files: SplitFiles, *, training: bool, task: Task) -> None:
         self._files = files
-        self._index = index = read_panoptic_index(files)
+        self._index = index = read_panoptic_index(files, training=training)
+        self.annotated = index.annotated
         super().__init__(index.categories, task)
         if not self.categories:
             raise DataError(
@@ -51,7 +55,16 @@ class CocoPanopticSource(ListedImages, SegmentSource):
         image, record = int(self._kept[index]), self.record(index)
         rows = self._index.segments(image)
         numbers = self._index.ids[rows]
-        path = self._index.folder / self._index.map_names[image]
+        if not self.annotated:
+            void = np.zeros((record.height, record.width), dtype=np.int32)
+            return Segments(
+                ids=void,
+                place=void.astype(np.uint16),
+                numbers=numbers,
+                labels=self._index.labels[rows],
+                crowd=self._index.crowd[rows],
+            )
+        path = map_folder(self._files) / self._index.map_names[image]
         with open_image(path) as picture:
             if picture.mode != "RGB":
                 raise DataError(

@@ -94,6 +94,11 @@ class SegmentationDataset:
         return self._source.categories
 
     @property
+    def annotated(self) -> bool:
+        """False where only images are listed, to be predicted and not scored."""
+        return self._source.annotated
+
+    @property
     def num_classes(self) -> int:
         """Number of categories."""
         return len(self.categories)

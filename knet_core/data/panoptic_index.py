@@ -6,6 +6,7 @@ it is only made sure that they exist.
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knet_core.data import index_cache
 from knet_core.data.coco_json import (
     Problems,
     check_files,
@@ -37,15 +39,18 @@ _MOST_SEGMENTS = 65534
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PanopticIndex:
-    """Annotated images (I) and their segments (S), both in the order of the annotations."""
+    """Annotated images (I) and their segments (S), both in the order of the annotations.
+
+    Of a file without annotations: all images.
+    """
 
     categories: tuple[Category, ...]
-    folder: Path
-    """Of the PNGs."""
+    annotated: bool
+    """False for a file of images without a list of annotations, as COCO's test-dev."""
     image_ids: NDArray[np.int64]
     file_names: tuple[str, ...]
     map_names: tuple[str, ...]
-    """File names of the PNGs."""
+    """File names of the PNGs; none without annotations."""
     sizes: NDArray[np.int32]
     """(I, 2) height and width."""
     first: NDArray[np.int64]
@@ -60,43 +65,117 @@ class PanopticIndex:
         return slice(int(self.first[image]), int(self.first[image + 1]))
 
 
-def read_panoptic_index(files: SplitFiles) -> PanopticIndex:
+def read_panoptic_index(files: SplitFiles, *, training: bool = True) -> PanopticIndex:
     """Read and check one split; images that no annotation names are left out.
+
+    Args:
+        files: Where it lies.
+        training: Refuse a file without a list of annotations.
 
     Raises:
         DataError: The file is not COCO panoptic JSON, or some of its entries cannot be used; one
             line for each problem.
     """
-    folder = files.annotations.with_suffix("")
-    if not folder.is_dir():
-        raise DataError(
-            f"{files.annotations}: no folder {folder}; expected the segments' PNGs there: unpack "
-            f"them beside the JSON file"
-        )
     problems = Problems(files.annotations)
+    index = _kept(files)
+    if index is not None and (index.annotated or not training):
+        _check_all_files(index, files, problems)
+        problems.raise_all()
+        return index
     reader = _Annotations(problems)
-    images, classes, _ = parse(files.annotations, "panoptic", reader.add)
+    images, classes, annotated = parse(files.annotations, "panoptic", reader.add, needed=training)
     categories = read_categories(classes, problems, kinds=True)
     image_ids, file_names, sizes = read_images(images, problems)
-    check_files(image_ids, file_names, files, problems)
     columns = reader.columns(categories)
     place = {number: position for position, number in enumerate(image_ids)}
     unknown = Counter(str(number) for number in reader.image_ids if number not in place)
     report_unknown("image", unknown, categories, problems)
     for number in repeated(reader.image_ids):
         problems.add(f"image {number}", "annotated twice; expected one annotation an image")
-    check_files(reader.image_ids, reader.map_names, files, problems, folder=folder)
+    check_files(image_ids, file_names, files, problems)
+    if annotated:
+        _check_maps(reader.image_ids, reader.map_names, files, problems)
     problems.raise_all()
-    owners = np.array([place[number] for number in reader.image_ids], dtype=np.int64)
-    return PanopticIndex(
+    numbers = reader.image_ids if annotated else image_ids
+    owners = np.array([place[number] for number in numbers], dtype=np.int64)
+    if not annotated:
+        columns["first"] = np.zeros(len(image_ids) + 1, dtype=np.int64)
+    index = PanopticIndex(
         categories=categories,
-        folder=folder,
+        annotated=annotated,
         image_ids=np.asarray(image_ids, dtype=np.int64)[owners],
         file_names=tuple(file_names[owner] for owner in owners),
         map_names=tuple(reader.map_names),
         sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2)[owners],
         **columns,
     )
+    _keep(files, index)
+    return _kept(files) or index  # mapped: shared between processes
+
+
+def map_folder(files: SplitFiles) -> Path:
+    """Return where the PNGs lie: named like the JSON file."""
+    return files.annotations.with_suffix("")
+
+
+def _check_all_files(index: PanopticIndex, files: SplitFiles, problems: Problems) -> None:
+    numbers = index.image_ids.tolist()
+    check_files(numbers, index.file_names, files, problems)
+    if index.annotated:
+        _check_maps(numbers, index.map_names, files, problems)
+
+
+def _check_maps(
+    numbers: Iterable[int], names: Iterable[str], files: SplitFiles, problems: Problems
+) -> None:
+    folder = map_folder(files)
+    if not folder.is_dir():
+        raise DataError(
+            f"{files.annotations}: no folder {folder}; expected the segments' PNGs there: unpack "
+            f"them beside the JSON file"
+        )
+    check_files(numbers, names, files, problems, folder=folder)
+
+
+_TEXT = ("categories", "annotated", "file_names", "map_names")
+
+
+def _keep(files: SplitFiles, index: PanopticIndex) -> None:
+    arrays = {
+        name: getattr(index, name)
+        for name in PanopticIndex.__dataclass_fields__
+        if name not in _TEXT
+    }
+    rows = [(c.id, c.name, c.isthing) for c in index.categories]
+    texts = [rows, index.annotated, index.file_names, index.map_names]
+    index_cache.save(files.annotations, "panoptic", {**arrays, "text": index_cache.pack(texts)})
+
+
+def _kept(files: SplitFiles) -> PanopticIndex | None:
+    """Return the index that an earlier run kept, unless it is missing or damaged."""
+    arrays = index_cache.load(files.annotations, "panoptic")
+    try:
+        if arrays is None:
+            return None
+        categories, annotated, file_names, map_names = index_cache.unpack(arrays.pop("text"))
+        index = PanopticIndex(
+            categories=tuple(Category(*row) for row in categories),
+            annotated=annotated,
+            file_names=tuple(file_names),
+            map_names=tuple(map_names),
+            **arrays,
+        )
+        images, segments = len(file_names), len(index.ids)
+        whole = (
+            index.sizes.shape == (images, 2)
+            and index.image_ids.shape == (images,)
+            and len(map_names) == (images if annotated else 0)
+            and all(len(column) == segments for column in (index.labels, index.crowd))
+            and index_cache.is_partition(index.first, images, segments)
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+    return index if whole else None
 
 
 class _Annotations:

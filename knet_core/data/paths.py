@@ -18,7 +18,8 @@ CLASSES_FILE = "classes.txt"
 """In the root of an ADE20K-like set: line n names category id n."""
 _MAPS = {"ade20k": "*.png", "cityscapes": "*/*_gtFine_*Ids.png"}
 """Formats whose annotations are a folder, and the files in it that identify them."""
-_HOMES = ("KNET_DATA", "DETECTRON2_DATASETS")
+DATA_HOMES = ("KNET_DATA", "DETECTRON2_DATASETS")
+"""Variables that name the folder of relative roots, the first one set."""
 _PNG_TAIL = 20
 """Adler-32 of all pixels, CRC-32 of the last data chunk, and the closing chunk of a PNG."""
 
@@ -37,7 +38,7 @@ def data_home() -> Path:
 
     `KNET_DATA`, else `DETECTRON2_DATASETS`, whose layout is the same, else the working folder.
     """
-    return Path(next((os.environ[name] for name in _HOMES if os.environ.get(name)), "."))
+    return Path(next((os.environ[name] for name in DATA_HOMES if os.environ.get(name)), "."))
 
 
 def resolve_root(config: DataConfig) -> Path:
@@ -49,7 +50,7 @@ def resolve_root(config: DataConfig) -> Path:
     refuse_remote(config.root)
     root = (data_home() / Path(config.root).expanduser()).resolve()
     if not root.is_dir():
-        homes = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in _HOMES)
+        homes = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in DATA_HOMES)
         raise DataError(
             f"data.root: no folder at {root} (data.root={config.root}, {homes}); expected the "
             f"data set's folder: set data.root to it, or KNET_DATA to the folder above"

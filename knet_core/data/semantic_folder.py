@@ -33,6 +33,8 @@ class SemanticFolderSource:
             are none; one line for each problem.
     """
 
+    annotated = True
+
     def __init__(self, files: SplitFiles, config: DataConfig) -> None:
         self._files = files
         names = config.classes or _read_names(files.root / CLASSES_FILE)

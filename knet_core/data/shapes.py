@@ -26,6 +26,8 @@ class ShapesSource:
         task: Instance shows things only, the others stuff as well.
     """
 
+    annotated = True
+
     def __init__(self, config: ShapesConfig, split: Split, *, task: Task = "instance") -> None:
         self._config = config
         self._split = split

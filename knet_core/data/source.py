@@ -59,6 +59,8 @@ class Source(Protocol):
     """Images with their objects, by position; nothing is decoded before it is asked for."""
 
     categories: tuple[Category, ...]
+    annotated: bool
+    """False where only images are listed (COCO's test-dev), to be predicted and not scored."""
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from knet_core.data import SegmentationDataset
+from knet_core.errors import DataError
 from knet_core.metrics.mask_ap import MaskAP
 from knet_core.metrics.mean_iou import MeanIoU
 from knet_core.metrics.panoptic_quality import PanopticQuality
@@ -30,8 +31,14 @@ def metric_factory(dataset: SegmentationDataset) -> Callable[[], Metric]:
     """Return what makes empty metrics of a data set's task; they share its ground truth.
 
     Raises:
-        DataError: An annotation cannot be decoded.
+        DataError: An annotation cannot be decoded, or there are none.
     """
+    if not dataset.annotated:
+        raise DataError(
+            "data.val.annotations: the file lists images without annotations, so nothing can be "
+            "scored; expected a list named 'annotations': save predictions only, or name the file "
+            "of an annotated split"
+        )
     if dataset.task == "instance":
         truth = dataset.ground_truth()
         return lambda: MaskAP(truth, dataset.categories)

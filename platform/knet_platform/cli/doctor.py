@@ -225,14 +225,17 @@ def _tracking(uri: str) -> Check:
 
 
 def _data() -> Check:
-    folder = os.environ.get("KNET_DATA")
-    if not folder:
+    from knet_core import DATA_HOMES, data_home
+
+    name = next((name for name in DATA_HOMES if os.environ.get(name)), None)
+    folder = data_home()
+    if name is None:
         found = f"unset: relative data roots lie below {Path.cwd()}"
-        return Check(name="KNET_DATA", status="ok", found=found)
-    if Path(folder).is_dir():
-        return Check(name="KNET_DATA", status="ok", found=folder)
-    mend = "export KNET_DATA=<the folder that holds the data sets>"
-    return Check(name="KNET_DATA", status="fail", found=f"{folder}: no such folder", mend=mend)
+        return Check(name=DATA_HOMES[0], status="ok", found=found)
+    if folder.is_dir():
+        return Check(name=name, status="ok", found=str(folder))
+    mend = f"export {name}=<the folder that holds the data sets>"
+    return Check(name=name, status="fail", found=f"{folder}: no such folder", mend=mend)
 
 
 def _show(checks: list[Check]) -> None:

@@ -17,6 +17,8 @@ examples:
   knet eval checkpoint_300 sweeps/data/shapes.yaml --per-stage
   knet eval checkpoint_300 sweeps/data/shapes.yaml --kernel-maps kernels.png
   knet eval checkpoint_300 sweeps/data/shapes.yaml --save-predictions predictions
+  knet eval checkpoint_270000 sweeps/data/coco.yaml data.val.images=[test2017] \\
+      data.val.annotations=[annotations/image_info_test-dev2017.json] --save-predictions test-dev
   knet eval checkpoint_80000 sweeps/data/ade20k.yaml eval.scales=[0.5,1,1.5] eval.flip=true"""
 
 
@@ -42,12 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-predictions",
         type=Path,
         metavar="DIR",
-        help="write COCO results, COCO panoptic files or label PNGs into a new folder",
-    )
-    parser.add_argument(
-        "--no-scores",
-        action="store_true",
-        help="only save predictions, of data without annotations (test-dev)",
+        help="write COCO results, COCO panoptic files or label PNGs into a new folder; data "
+        "without annotations (test-dev) is predicted and not scored",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
@@ -58,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: The checkpoint was trained on other categories than the data has.
+        DataError: The data has no annotations, and more than saving predictions is asked.
         UsageError: An override would change the model that the checkpoint holds, or there is no
             folder for the picture, or the folder for predictions exists.
     """
@@ -92,10 +91,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--save-predictions: {args.save_predictions} exists; remove it or choose another"
         )
-    if args.no_scores and (args.save_predictions is None or args.per_stage):
-        raise UsageError(
-            "--no-scores: leaves nothing to do; expected --save-predictions, without --per-stage"
-        )
     state = read_state(args.checkpoint)
     recipe = load_recipe(
         args.checkpoint / "recipe.yaml", overrides=[f"data={args.data}", *args.overrides]
@@ -108,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.checkpoint}: trained on {_list(trained)}, but {args.data} has "
             f"{_list(measured)}; expected the same categories in the same order"
         )
+    scored = dataset.annotated or args.save_predictions is None or args.per_stage
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_workers = recipe.data.num_workers
     keep_freed_memory()
@@ -127,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             num_workers=num_workers,
             per_stage=args.per_stage,
-            scored=not args.no_scores,
+            scored=scored,
             on_prediction=save,
         )
     if args.kernel_maps is not None:
@@ -136,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
                 model, dataset, device=device, num_workers=num_workers, progress=advance
             )
         args.kernel_maps.write_bytes(draw_kernel_maps(maps))
-    if args.no_scores:
+    if not scored:
         saved = {"folder": str(args.save_predictions), "images": len(dataset)}
         text = f"{args.save_predictions}: predictions of {len(dataset)} images"
         print(json.dumps(saved) if args.json else text)

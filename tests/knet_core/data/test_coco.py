@@ -13,10 +13,12 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from knet_core.config import DataConfig, SplitConfig
+from knet_core.data import build_dataset
 from knet_core.data.coco import CocoSource
 from knet_core.data.coco_annotations import run_lengths
 from knet_core.data.paths import Split, SplitFiles, find_split
 from knet_core.errors import DataError
+from knet_core.metrics.metric import metric_factory
 
 Folder = Callable[..., DataConfig]
 Document = dict[str, Any]
@@ -394,8 +396,10 @@ def test_images_without_annotations_can_be_predicted_but_not_scored(coco_folder:
     assert len(source.categories) == 2
     assert source.image(1).shape == (48, 64, 3)
     assert source.objects(1)[1].shape == (0, 48, 64)
-    with pytest.raises(DataError, match=r"instances_val\.json: lists images without") as caught:
-        source.ground_truth()
+    assert not source.annotated
+    dataset = build_dataset(config, "val", seed=0)
+    with pytest.raises(DataError, match=r"lists images without annotations") as caught:
+        metric_factory(dataset)
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"no list named 'annotations'"):
         source_of(config, training=True)

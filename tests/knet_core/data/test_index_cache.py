@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from knet_core.config import DataConfig
-from knet_core.data import coco_annotations, coco_index, index_cache
+from knet_core.data import coco_annotations, coco_index, index_cache, panoptic_index
 from knet_core.data.coco_index import CocoIndex, read_index
+from knet_core.data.panoptic_index import map_folder, read_panoptic_index
 from knet_core.data.paths import find_split
 from knet_core.errors import DataError
 
@@ -157,3 +158,19 @@ def test_coordinates_are_those_of_the_file_to_the_last_bit(
     index = read_index(find_split(coco_folder(edit), "val"))
     assert index.polygons(1) == polygons.tolist()
     assert index.points.dtype == (np.int32 if exact else np.float64)
+
+
+def test_a_panoptic_file_is_kept_too_and_its_images_are_looked_up_again(
+    panoptic_folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = find_split(panoptic_folder(), "val")
+    parsed = read_panoptic_index(files)
+    monkeypatch.setattr(panoptic_index, "parse", None)
+    kept = read_panoptic_index(files)
+    assert (kept.categories, kept.map_names) == (parsed.categories, parsed.map_names)
+    for name in ("image_ids", "sizes", "first", "ids", "labels", "crowd"):
+        assert np.array_equal(getattr(kept, name), getattr(parsed, name)), name
+    assert not kept.ids.flags.owndata  # mapped, so shared by all processes
+    (map_folder(files) / kept.map_names[0]).unlink()
+    with pytest.raises(DataError, match="no segments"):
+        read_panoptic_index(files)

@@ -50,6 +50,17 @@ def test_every_trouble_is_found_at_once_with_its_mend(
         assert checks[name]["mend"], name
 
 
+def test_the_data_home_is_the_loaders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KNET_DATA", raising=False)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    found = _checks(capsys)[1]["DETECTRON2_DATASETS"]
+    assert (found["status"], found["found"]) == ("ok", str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
+    assert _checks(capsys)[1]["DETECTRON2_DATASETS"]["status"] == "fail"
+
+
 def test_an_unreachable_tracking_server_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,18 +157,41 @@ def test_saved_predictions_score_as_the_evaluation_says(
     assert "--save-predictions" in capsys.readouterr().err
 
 
-def test_data_without_annotations_is_predicted_only(
-    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("task", TASKS)
+def test_images_without_annotations_are_predicted_and_not_scored(
+    task: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", str(checkpoint), str(data), "--no-scores"]
-    assert main(command) == 2
-    assert "expected --save-predictions" in capsys.readouterr().err
-    assert main([*command, "--save-predictions", str(tmp_path / "saved")]) == 0
-    assert "predictions of 3 images" in capsys.readouterr().out
-    found = json.loads((tmp_path / "saved" / "instances.json").read_text())
-    assert len({entry["image_id"] for entry in found}) == 3
-    assert main([*command, "--save-predictions", str(tmp_path / "other"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 3
+    """As COCO's test-dev: a file of images and categories, and no folder of maps."""
+    root = tmp_path / "set"
+    make_shapes(root, num_train=1, num_val=3, size=64)
+    kind = "instances" if task == "instance" else "panoptic"
+    document = json.loads((root / "annotations" / f"{kind}_val.json").read_text())
+    del document["annotations"]
+    (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(document))
+    (root / "val").rename(root / "test2017")
+    settings = [*TASKS[task], "train.iterations=1"]
+    checkpoint = fit(load_recipe(recipe, overrides=settings), output_dir=tmp_path / "run")
+    data = tmp_path / "data.yaml"
+    layout = "coco" if task == "instance" else "coco_panoptic"
+    split = "{images: [test2017], annotations: [annotations/image_info_test-dev2017.json]}"
+    data.write_text(f"format: {layout}\nroot: {root}\nval: {split}\n")
+    command = ["eval", str(checkpoint.checkpoint), str(data)]
+    saved = tmp_path / "saved"
+    assert main(command) == 5
+    assert main([*command, "--per-stage", "--save-predictions", str(saved)]) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert ["lists images without annotations" in line for line in lines] == [True, True]
+    assert main([*command, "--save-predictions", str(saved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(saved), "images": 3}
+    names = {Path(image["file_name"]).stem for image in document["images"]}
+    if task == "instance":
+        found = json.loads((saved / "instances.json").read_text())
+        assert {entry["image_id"] for entry in found} == {i["id"] for i in document["images"]}
+    else:
+        assert {path.stem for path in (saved / task).iterdir()} == names
+    if task == "panoptic":
+        found = json.loads((saved / "panoptic.json").read_text())["annotations"]
+        assert {entry["image_id"] for entry in found} == {i["id"] for i in document["images"]}
 
 
 def test_an_evaluation_that_fails_leaves_no_folder(
