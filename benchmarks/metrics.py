@@ -10,12 +10,18 @@ rounds' ratios: how many times as long as ours the other takes.
   (`pq_by_panopticapi`): the table says which.
 - mIoU against a histogram per kind of count by torch.histc, as mmsegmentation computes it.
 - Mask AP by faster-coco-eval (ours) against pycocotools.
-- Panoptic quality from files over processes.
+- Panoptic quality and mIoU from files, over processes.
+
+    python benchmarks/metrics.py --memory [--images 5000]
+
+instead prints the peak memory of the worker that scores mask AP of that many images with 100
+detections each, gathered from two workers.
 """
 
 import argparse
 import importlib.util
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -32,10 +38,11 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from knet_core.data.source import PanopticTruth, TrueSegment
-from knet_core.metrics.mask_ap import average_precision
+from knet_core.metrics.mask_ap import Detections, MaskAP, average_precision
 from knet_core.metrics.mean_iou import PixelCounts
 from knet_core.metrics.panoptic_quality import PanopticQuality
 from knet_core.scoring.panoptic import score_panoptic
+from knet_core.scoring.semantic import score_semantic
 from knet_core.structures import ImageInfo, PanopticMap, Segment
 
 HEIGHT, WIDTH = 480, 640
@@ -73,6 +80,13 @@ class Kind:
     """What the metric needs to know of a class."""
 
     isthing: bool
+
+
+@dataclass(frozen=True)
+class HasId:
+    """What mask AP needs to know of a class."""
+
+    id: int
 
 
 def regions(rng: np.random.Generator, count: int) -> NDArray[np.int32]:
@@ -220,6 +234,23 @@ def pq_from_files(data: PanopticSet, workers: int) -> float:
 # Mean IoU.
 
 
+def write_label_maps(
+    folder: Path, pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], copies: int
+) -> None:
+    """Write every pair `copies` times as PNGs."""
+    for side in ("gt", "pred"):
+        (folder / side).mkdir()
+    for number, pair in enumerate(pairs * copies):
+        for side, labels in zip(("gt", "pred"), pair, strict=True):
+            Image.fromarray(labels).save(folder / side / f"{number}.png")
+
+
+def iou_from_files(folder: Path, workers: int) -> float:
+    """Return mIoU of the same maps from PNGs."""
+    scores = score_semantic(folder / "gt", folder / "pred", num_classes=150, workers=workers)
+    return float(scores["mIoU"])
+
+
 def label_maps(images: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Return truth and prediction (512, 683) of 150 classes, 0.3 of the pixels wrong."""
     rng = np.random.default_rng(1)
@@ -293,6 +324,41 @@ def detection_set(images: int, detections: int) -> tuple[dict[str, Any], dict[in
     return truth, found
 
 
+def peak_memory(images: int) -> tuple[float, float]:
+    """Return the peak resident MiB before and after scoring 100 detections an image."""
+    truth, found = detection_set(10, 100)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    pattern = [entry for detections in found.values() for entry in detections]
+    count = len(pattern) // 10
+    runs = [entry["segmentation"]["counts"] for entry in pattern[:count]]
+    ids = sorted(category["id"] for category in truth["categories"])
+    half = [
+        Detections(
+            images=np.arange(start, images, 2).repeat(count) + 1,
+            labels=np.tile([ids.index(e["category_id"]) for e in pattern[:count]], len(numbers)),
+            scores=np.random.default_rng(start).random(count * len(numbers)),
+            sizes=np.tile([HEIGHT, WIDTH], (count * len(numbers), 1)),
+            ends=np.cumsum(np.tile([len(run) for run in runs], len(numbers))),
+            runs=b"".join(runs) * len(numbers),
+        )
+        for start in (0, 1)
+        for numbers in [range(start, images, 2)]
+    ]
+    objects = truth["annotations"][:7]
+    truth["images"] = [
+        {"id": number, "height": HEIGHT, "width": WIDTH} for number in range(1, images + 1)
+    ]
+    truth["annotations"] = [
+        {**entry, "image_id": image, "id": 7 * image + place}
+        for image in range(1, images + 1)
+        for place, entry in enumerate(objects)
+    ]
+    metric = MaskAP(truth, [HasId(number) for number in ids])
+    metric.merge(half)
+    print(metric.compute())
+    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 # Measuring.
 
 
@@ -338,18 +404,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, help="default: 7, quick: 2")
     parser.add_argument("--images", type=int, help="panoptic maps (default: 100, quick: 8)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the last row")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the last rows")
     parser.add_argument("--quick", action="store_true", help="few images, to see that it runs")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rounds = args.rounds or (2 if args.quick else 7)
     images = args.images or (8 if args.quick else 100)
+    if args.memory:
+        before, after = peak_memory(args.images or 5000)
+        print(f"peak {before:.0f} MiB before, {after:.0f} MiB after scoring")
+        return
     installed = importlib.util.find_spec("panopticapi") is not None
     name = "panopticapi" if installed else "panopticapi's algorithm (not installed)"
     pq = pq_by_installed if installed else pq_by_panopticapi
     with tempfile.TemporaryDirectory() as folder:
         data = panoptic_set(Path(folder), images)
         maps = label_maps(4 if args.quick else 20)
+        files = Path(folder, "labels")
+        files.mkdir()
+        write_label_maps(files, maps, 1 if args.quick else 10)
         truth, found = detection_set(20 if args.quick else 500, 20)
 
         def ap(engine: Any) -> dict[str, float | None]:
@@ -375,6 +449,11 @@ def main() -> None:
             Row(
                 f"PQ from files, {args.workers} processes / 1 process",
                 lambda: pq_from_files(data, 1), lambda: pq_from_files(data, args.workers),
+                largest, None,
+            ),
+            Row(
+                f"mIoU from files, {args.workers} processes / 1 process",
+                lambda: iou_from_files(files, 1), lambda: iou_from_files(files, args.workers),
                 largest, None,
             ),
         ]  # fmt: skip

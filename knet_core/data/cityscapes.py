@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from knet_core.config import Task
 from knet_core.data.coco_json import Problems
-from knet_core.data.images import check_size, no_image_left, open_image, read_image
+from knet_core.data.found_images import FoundImages
+from knet_core.data.images import check_size, no_image_left, open_image
 from knet_core.data.paths import SplitFiles
 from knet_core.data.segments import Segments, SegmentSource
-from knet_core.data.source import IGNORED, Category, ImageRecord, places
+from knet_core.data.source import IGNORED, Category, places
 from knet_core.data.storage import Folders
 from knet_core.errors import DataError
 
@@ -52,7 +53,7 @@ _MOST_ID = 33
 _PHOTOGRAPH = "_leftImg8bit.png"
 
 
-class CityscapesSource(SegmentSource):
+class CityscapesSource(FoundImages, SegmentSource):
     """One split of Cityscapes; images sorted by city and name are numbered from 1.
 
     Of the semantic task, labels are the published train ids. No image is dropped in training: all
@@ -67,8 +68,6 @@ class CityscapesSource(SegmentSource):
         DataError: A photograph has no map, or there are none; one line for each problem.
     """
 
-    annotated = True
-
     def __init__(self, files: SplitFiles, *, training: bool, task: Task) -> None:
         things = tuple(Category(*row, isthing=task != "semantic") for row in THINGS.items())
         stuff = tuple(Category(*row, isthing=False) for row in STUFF.items())
@@ -77,42 +76,12 @@ class CityscapesSource(SegmentSource):
         self._files = files
         self._ending = f"_gtFine_{'label' if task == 'semantic' else 'instance'}Ids.png"
         self._names = _pairs(files, self._ending)
+        self._file_names = tuple(f"{name}{_PHOTOGRAPH}" for name in self._names)
         if not self._names:
             raise no_image_left(files, 0, training=training)
         self._label = np.full(256, -1, dtype=np.int64)
         for label, category in enumerate(self._all):
             self._label[category.id] = label
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def record(self, index: int) -> ImageRecord:
-        """Return number, file name and size of one image; reads the file's header.
-
-        Raises:
-            DataError: The file is not an image.
-        """
-        name = f"{self._names[index]}{_PHOTOGRAPH}"
-        with open_image(self._files.images / name) as image:
-            width, height = image.size
-        return ImageRecord(id=index + 1, file_name=name, height=height, width=width)
-
-    def sizes(self) -> NDArray[np.int32]:
-        """Return the height and width of all images (N, 2); reads every file's header.
-
-        Raises:
-            DataError: A file is not an image.
-        """
-        records = map(self.record, range(len(self)))
-        return np.array([(r.height, r.width) for r in records], dtype=np.int32)
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Decode one image, (H0, W0, 3) RGB.
-
-        Raises:
-            DataError: The file is damaged.
-        """
-        return read_image(self._files.images / f"{self._names[index]}{_PHOTOGRAPH}")
 
     def semantic(self, index: int) -> NDArray[np.uint8] | None:
         """Decode the label of every pixel (H0, W0), 255 for void and crowds.

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 
 from knet_core.config import DataConfig
 from knet_core.data.coco_json import Problems
-from knet_core.data.images import check_size, open_image, read_image
+from knet_core.data.found_images import FoundImages
+from knet_core.data.images import check_size, open_image
 from knet_core.data.paths import CLASSES_FILE, SplitFiles
-from knet_core.data.source import IGNORED, MOST_LABELS, Category, ImageRecord, PanopticTruth
+from knet_core.data.source import IGNORED, MOST_LABELS, Category, PanopticTruth
 from knet_core.data.storage import Folders
 from knet_core.errors import DataError
 
 _IMAGE_ENDINGS = {".jpg", ".jpeg", ".png"}
 
 
-class SemanticFolderSource:
+class SemanticFolderSource(FoundImages):
     """One split of a set in ADE20K's layout; images sorted by name are numbered from 1.
 
     Args:
@@ -33,46 +34,13 @@ class SemanticFolderSource:
             are none; one line for each problem.
     """
 
-    annotated = True
-
     def __init__(self, files: SplitFiles, config: DataConfig) -> None:
         self._files = files
         names = config.classes or _read_names(files.root / CLASSES_FILE)
         self.categories = tuple(
             Category(number, name, isthing=False) for number, name in enumerate(names, start=1)
         )
-        self._names = _pairs(files)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def record(self, index: int) -> ImageRecord:
-        """Return number, file name and size of one image; reads the file's header.
-
-        Raises:
-            DataError: The file is not an image.
-        """
-        path = self._files.images / self._names[index]
-        with open_image(path) as image:
-            width, height = image.size
-        return ImageRecord(id=index + 1, file_name=self._names[index], height=height, width=width)
-
-    def sizes(self) -> NDArray[np.int32]:
-        """Return the height and width of all images (N, 2); reads every file's header.
-
-        Raises:
-            DataError: A file is not an image.
-        """
-        records = map(self.record, range(len(self)))
-        return np.array([(r.height, r.width) for r in records], dtype=np.int32)
-
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """Decode one image, (H0, W0, 3) RGB.
-
-        Raises:
-            DataError: The file is damaged.
-        """
-        return read_image(self._files.images / self._names[index])
+        self._file_names = _pairs(files)
 
     def objects(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Return nothing: the layout knows no objects."""
@@ -86,7 +54,7 @@ class SemanticFolderSource:
         Raises:
             DataError: The map is damaged, of another size, or holds an id without a category.
         """
-        path = (self._files.annotations / self._names[index]).with_suffix(".png")
+        path = (self._files.annotations / self._file_names[index]).with_suffix(".png")
         with open_image(path) as picture:
             if picture.mode not in ("L", "P"):
                 raise DataError(

@@ -7,6 +7,12 @@ import json
 from pathlib import Path
 
 from knet_core import CheckpointError
+from knet_platform.cli.inference import (
+    add_checkpoint,
+    add_device,
+    chosen_device,
+    refused_overrides,
+)
 from knet_platform.errors import UsageError
 
 EXAMPLES = """\
@@ -24,7 +30,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder checkpoint_<step>")
+    add_checkpoint(parser)
     parser.add_argument("data", type=Path, metavar="DATA", help="a file of sweeps/data")
     parser.add_argument(
         "overrides", nargs="*", metavar="k=v", help="data.* or eval.* of this evaluation"
@@ -47,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write COCO results, COCO panoptic files or label PNGs into a new folder; data "
         "without annotations (test-dev) is predicted and not scored",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
@@ -60,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
         UsageError: An override would change the model that the checkpoint holds, or there is no
             folder for the picture, or the folder for predictions exists.
     """
-    import torch
-
     from knet_core import (
         ResultWriter,
         build_dataset,
@@ -77,12 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from knet_platform.cli.output import progress_bar, show_metrics, status
     from knet_platform.config import load_recipe
 
-    for item in args.overrides:
-        if not item.startswith(("data.", "eval.")):
-            raise UsageError(
-                f"{item}: a checkpoint's recipe is fixed; expected data.<key>=... or "
-                f"eval.<key>=..."
-            )
+    if problems := refused_overrides(args.overrides):
+        raise UsageError("\n".join(problems))
     if args.kernel_maps is not None and not args.kernel_maps.absolute().parent.is_dir():
         raise UsageError(
             f"--kernel-maps: no folder {args.kernel_maps.parent}; make it, or name another file"
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             f"{_list(measured)}; expected the same categories in the same order"
         )
     scored = dataset.annotated or args.save_predictions is None or args.per_stage
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     num_workers = recipe.data.num_workers
     keep_freed_memory()
     with contextlib.ExitStack() as stack:

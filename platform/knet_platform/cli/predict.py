@@ -6,6 +6,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from knet_platform.cli.inference import (
+    add_checkpoint,
+    add_device,
+    chosen_device,
+    refused_overrides,
+)
 from knet_platform.errors import UsageError
 
 EXAMPLES = """\
@@ -18,7 +24,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder checkpoint_<step>")
+    add_checkpoint(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="DIR", help="a new folder"
@@ -28,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="draw the static kernels' masks and those after every update side by side",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print the written files as JSON")
 
 
@@ -43,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
     overrides = [item for item in args.images if _is_override(item)]
     images = [Path(item) for item in args.images if not _is_override(item)]
     _check(images, overrides, args.out)
-
-    import torch
 
     from knet_core import (
         ResultWriter,
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.checkpoint / "recipe.yaml", overrides=overrides)
     categories = read_state(args.checkpoint).categories
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     keep_freed_memory()
     model = prepare_for_inference(
         load_model(args.checkpoint, device=device, evaluation=recipe.eval)
@@ -106,11 +110,7 @@ def _check(images: list[Path], overrides: list[str], out: Path) -> None:
         for stem, count in Counter(path.stem for path in images).items()
         if count > 1
     ]
-    problems += [
-        f"{item}: a checkpoint's recipe is fixed; expected eval.<key>=... or data.<key>=..."
-        for item in overrides
-        if not item.startswith(("eval.", "data."))
-    ]
+    problems += refused_overrides(overrides)
     if not images:
         problems.append("IMAGE: none given; name at least one image file")
     if out.exists():
