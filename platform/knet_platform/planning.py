@@ -295,7 +295,7 @@ def _sample(values: Mapping[str, Any]) -> dict[str, Any]:
     arm = ",".join(f"{key}={_shown(value)}" for key, (value,) in cut.items())
     arms = dict(itertools.islice((values.get("arms") or {}).items(), 1))
     changes: dict[str, Any] = {"arms": arms, "grid": cut, "baseline": arm or next(iter(arms))}
-    kept = {key: value for key, value in values.items() if key != "paper"}
+    kept = {key: value for key, value in values.items() if key not in ("paper", "scales")}
     return kept | {key: value for key, value in changes.items() if value}
 
 
