@@ -50,6 +50,7 @@ def fit(
     report_every_seconds: float = 10.0,
     images_at_once: int | None = None,
     on_progress: Callable[[], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> FitResult:
     """Train, evaluate and save; every worker calls it and gets the same result.
 
@@ -65,6 +66,8 @@ def fit(
         images_at_once: Most images of a worker that train together, after a
             `TrainingMemoryError`; slower, with the same results up to rounding.
         on_progress: Called on every worker after each step and each batch of an evaluation.
+        should_stop: Asked on the first worker before each report; once it says yes, the run saves,
+            reports and returns.
 
     Raises:
         ConfigError: The recipe cannot be run on this many workers or with this data.
@@ -118,6 +121,7 @@ def fit(
         report_every_seconds=report_every_seconds,
         images_at_once=images_at_once,
         on_progress=on_progress,
+        should_stop=should_stop,
     )
     if state is not None and resume_from is not None:
         run.resume(state, resume_from)
@@ -141,6 +145,7 @@ class _Run:
         report_every_seconds: float,
         images_at_once: int | None,
         on_progress: Callable[[], None] | None,
+        should_stop: Callable[[], bool] | None,
     ) -> None:
         self._recipe = recipe
         self._schedule = schedule
@@ -154,6 +159,8 @@ class _Run:
         self._images_at_once = min(images_at_once or schedule.micro_batch, schedule.micro_batch)
         self._on_progress = on_progress or _nothing
         self._eval_limit = MemoryLimit(recipe.eval.batch_size)
+        self._should_stop = should_stop
+        self._stopped = False
         self._step = 0
         self._points: list[Point] = []
         self._evaluations: list[Point] = []
@@ -190,7 +197,7 @@ class _Run:
         self._trainer.model.train()
         meter = Meter(schedule.batch_size)
         checkpoint = None
-        while self._step < schedule.num_iterations:
+        while self._step < schedule.num_iterations and not self._stopped:
             asked = time.perf_counter()
             micro_batches = [next(batches) for _ in range(schedule.num_micro_batches)]
             waited = time.perf_counter() - asked
@@ -209,6 +216,7 @@ class _Run:
         assert checkpoint is not None, "the last step saves"
         return FitResult(
             step=self._step,
+            finished=self._step == schedule.num_iterations,
             metrics=self._metrics,
             evaluations=tuple(self._evaluations),
             checkpoint=checkpoint,
@@ -241,8 +249,10 @@ class _Run:
         """Evaluate, save and report as far as due; return the new checkpoint."""
         evaluates, saves = self._schedule.evaluates(self._step), self._schedule.saves(self._step)
         eval_batch, picture = self._evaluate() if evaluates else (None, None)
-        checkpoint = self._save() if saves else None
-        if evaluates or saves or self._report_is_due():
+        reports = evaluates or saves or self._report_is_due()
+        self._stopped = reports and self._stop_is_asked()
+        checkpoint = self._save() if saves or self._stopped else None
+        if reports:
             report = Report(
                 step=self._step,
                 epoch=self._schedule.epoch(self._step),
@@ -325,6 +335,10 @@ class _Run:
         age = time.perf_counter() - self._last_report
         return on_rank_zero(lambda: age >= self._report_every_seconds)
 
+    def _stop_is_asked(self) -> bool:
+        ask = self._should_stop
+        return ask is not None and on_rank_zero(ask)
+
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._start
 
@@ -354,6 +368,7 @@ def _report_again(
         callback.on_report(report)
     return FitResult(
         step=state.step,
+        finished=True,
         metrics=state.metrics,
         evaluations=state.evaluations,
         checkpoint=checkpoint,

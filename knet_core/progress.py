@@ -54,6 +54,8 @@ class FitResult:
     """A finished run."""
 
     step: int
+    finished: bool
+    """False if the run was asked to stop before its last step."""
     metrics: dict[str, float]
     """Of the last evaluation, with `bench/fps` and the last `train/loss`."""
     evaluations: tuple[Point, ...]

@@ -2,14 +2,17 @@
 
 A run of a sweep claims every trial it is about to start. Workers that a killed run left behind
 compare the claim with their own before they write, and stop: two runs never mix in one folder.
+A run whose budget is spent tells its trials which of them may go on.
 """
 
 import json
+from collections.abc import Collection
 
 from knet_platform.errors import PlatformError
-from knet_platform.storage import TrialStore
+from knet_platform.storage import Store, TrialStore
 
 _FILE = "attempt.json"
+_ALLOWED = "allowed.json"
 
 
 class SupersededError(PlatformError):
@@ -63,6 +66,17 @@ def verify(store: TrialStore, run_id: str) -> None:
     """
     if _read(store)[0] != run_id:
         raise SupersededError(f"{store.uri}: a newer run of the sweep took it over; this one ends")
+
+
+def allow(store: Store, run_id: str, trials: Collection[str]) -> None:
+    """Tell all other trials of this run to save, stop, or not to start."""
+    store.run(run_id).write_bytes(_ALLOWED, json.dumps(sorted(trials)).encode())
+
+
+def may_go_on(store: Store, run_id: str, trial_hash: str) -> bool:
+    """Return whether the run of the sweep lets a trial go on."""
+    run = store.run(run_id)
+    return _ALLOWED not in run.list() or trial_hash in json.loads(run.read_bytes(_ALLOWED))
 
 
 def _read(store: TrialStore) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from knet_core import KNetError
-from knet_platform.attempts import SupersededError, begin, verify
+from knet_platform.attempts import SupersededError, begin, may_go_on, verify
 from knet_platform.failures import Policy, cause_of
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
@@ -39,6 +39,8 @@ class TrialJob:
     gpus_per_worker: float
     hang_minutes: float
     """Without a step; 0 waits for ever."""
+    usd_per_hour: float | None
+    """What all workers together cost; None where the sweep names no price."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -54,17 +56,23 @@ def _run(job: TrialJob, store: TrialStore) -> None:
     began = time.monotonic()
     policy = Policy()
     while True:
+        if not may_go_on(Store(job.store_uri), job.run_id, job.trial_hash):
+            ray.tune.report({"outcome": "paused"})
+            return
         attempt = begin(store, job.run_id)
         store.clear_failure()
         ray.tune.report({"attempt": attempt})
         try:
-            device = _fit(job, store, attempt, policy.images_at_once)
+            device, finished = _fit(job, store, attempt, policy.images_at_once)
             break
         except (ray.train.TrainingFailedError, RayTrainError, RayError, KNetError) as error:
             verify(store, job.run_id)
             if not _goes_on(store, attempt, _told_by_workers(error), policy):
                 return
     verify(store, job.run_id)
+    if not finished:
+        ray.tune.report({"outcome": "paused"})
+        return
     result = _result(job, store, device, time.monotonic() - began, policy.images_at_once)
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
@@ -95,7 +103,10 @@ def _goes_on(store: TrialStore, attempt: int, error: Exception, policy: Policy) 
     return decision.retry
 
 
-def _fit(job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None) -> str:
+def _fit(
+    job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None
+) -> tuple[str, bool]:
+    """Return the device's name, and whether the trial came to its end."""
     # Loads torch, which the process that runs the sweep can do without.
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -128,7 +139,8 @@ def _fit(job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | N
             callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
         ),
     )
-    return str(trainer.fit().return_value)
+    device, finished = trainer.fit().return_value
+    return device, finished
 
 
 def _result(
@@ -141,11 +153,14 @@ def _result(
     name, state = store.latest_checkpoint(), store.state()
     assert name is not None, "the last step of a fit saves"
     assert state is not None, "the last step of a fit saves"
-    gpu_hours = state.seconds / 3600 * job.workers * job.gpus_per_worker
+    hours = state.seconds / 3600
+    costs = {"sys/gpu_hours": hours * job.workers * job.gpus_per_worker}
+    if job.usd_per_hour is not None:
+        costs["cost/usd"] = hours * job.usd_per_hour
     return TrialResult(
         trial_hash=job.trial_hash,
         step=state.step,
-        metrics={**state.metrics, "sys/gpu_hours": gpu_hours},
+        metrics={**state.metrics, **costs},
         evaluations=state.evaluations,
         checkpoint=name,
         num_parameters=state.num_parameters,

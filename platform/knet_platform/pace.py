@@ -30,9 +30,10 @@ class _Backbone:
     """MB that training keeps per million pixels of input, in fp32."""
 
 
-# Activations of resnet18, 50, 101 and swin_tiny are counted (bytes that autograd saves at
-# 256 x 256, the neck's 920 MB taken off), the others follow from them by depth and width.
+# Activations of test_resnet, resnet18, 50, 101 and swin_tiny are counted (bytes that autograd
+# saves at 256 x 256, the neck's 920 MB taken off); the others follow from them by depth and width.
 _BACKBONES = {
+    "test_resnet": _Backbone(0.2, 0.4, 95),
     "resnet10t": _Backbone(1.1, 4.9, 120),
     "resnet14t": _Backbone(1.7, 9.6, 250),
     "resnet18": _Backbone(1.8, 11.2, 165),

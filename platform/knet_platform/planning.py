@@ -163,6 +163,16 @@ class Sweep:
                 chosen[trial.hash] = trial
         return tuple(chosen.values())
 
+    @property
+    def by_priority(self) -> tuple[Trial, ...]:
+        """Return the trials to train, most important first: seed by seed, the baseline first.
+
+        Every other arm is compared with the baseline of its seed.
+        """
+        arms = {arm: (arm != self.baseline, index) for index, arm in enumerate(self.arms)}
+        seeds = {seed: index for index, seed in enumerate(self.seeds)}
+        return tuple(sorted(self.distinct_trials, key=lambda t: (seeds[t.seed], arms[t.arm])))
+
 
 class LargeSweepError(PlatformError):
     """A sweep is so large that it should be meant.

@@ -2,6 +2,7 @@
 
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
 failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder.
+`<uri>/runs/<id>/` says which trials of a run may go on (`attempts`).
 A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
 nature.
 """
@@ -143,7 +144,13 @@ class Store:
 
     def trial(self, trial_hash: str) -> "TrialStore":
         """Return the part of the store that belongs to one trial; nothing is created."""
-        relative = f"trials/{trial_hash}"
+        return self._folder(f"trials/{trial_hash}")
+
+    def run(self, run_id: str) -> "TrialStore":
+        """Return the part that one run of a sweep and its trials talk through."""
+        return self._folder(f"runs/{run_id}")
+
+    def _folder(self, relative: str) -> "TrialStore":
         return TrialStore(
             f"{self.uri}/{relative}", filesystem=self._filesystem, root=f"{self._root}/{relative}"
         )

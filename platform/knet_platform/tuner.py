@@ -23,16 +23,20 @@ import ray.tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from knet_platform import attempts
+from knet_platform.budget import Governor, limit_seconds
 from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError, StorageError, UsageError
+from knet_platform.forecast import look_up
 from knet_platform.planning import Sweep, Trial
+from knet_platform.prices import Price
 from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.provenance import capture, with_absolute_root
 from knet_platform.report import Report, build_report, write_report
 from knet_platform.source import read_source
 from knet_platform.storage import Cause, Evaluation, Failure, Store
 from knet_platform.tracking import Tracker
+from knet_platform.tracking.protocol import Status
 
 DRIVER_RESTARTS = 2
 """Times that a driver process which dies is started again."""
@@ -45,6 +49,8 @@ class SweepOutcome:
     finished: tuple[Trial, ...]
     failed: tuple[tuple[Trial, str], ...]
     """Trials with their reasons."""
+    paused: tuple[Trial, ...]
+    """Trials that the budget was not enough for; they can go on."""
     report: Report
     files: Mapping[str, Path]
     """The report's files, as `write_report` names them."""
@@ -58,6 +64,9 @@ def run_sweep(
     *,
     home: Path,
     scale: str | None = None,
+    price: Price | None = None,
+    only_failed: bool = False,
+    trainable: Callable[[dict[str, Any]], None] = run_trial,
 ) -> SweepOutcome:
     """Run every trial of `sweep` that has no result yet, then write the report.
 
@@ -70,6 +79,9 @@ def run_sweep(
         progress: Told the same, for people.
         home: State folder; takes the lock and `reports/<sweep>/`.
         scale: Name of the scale, for the report's heading.
+        price: What an hour of one trial costs; needed for a budget in USD.
+        only_failed: Run the trials that failed, and no others.
+        trainable: What Tune runs for each trial, given a `TrialJob` as `run_trial` is.
 
     Raises:
         UsageError: Another process runs the same sweep.
@@ -82,7 +94,9 @@ def run_sweep(
     with sweep_lock(sweep.name, home):
         tracker.start_sweep(sweep)
         try:
-            failed = _run_unfinished(sweep, store, tracker, progress)
+            bridge = _run_unfinished(
+                sweep, store, tracker, progress, price, trainable, only_failed=only_failed
+            )
             report = build_report(sweep, store, scale=scale)
             files = write_report(report, home / "reports" / sweep.name)
         except (KeyboardInterrupt, InterruptedSweepError):
@@ -91,37 +105,68 @@ def run_sweep(
         except Exception:
             tracker.finish_sweep("FAILED")
             raise
-        tracker.finish_sweep("FAILED" if failed else "FINISHED", list(files.values()))
+        failed, left = bridge.failed, bridge.left
+        status: Status = "FAILED" if failed else "KILLED" if left else "FINISHED"
+        tracker.finish_sweep(status, list(files.values()))
     return SweepOutcome(
-        finished=tuple(trial for trial in sweep.trials if trial.hash not in failed),
+        finished=tuple(t for t in sweep.trials if t.hash not in failed.keys() | left),
         failed=tuple((t, failed[t.hash]) for t in sweep.trials if t.hash in failed),
+        paused=tuple(t for t in sweep.trials if t.hash in bridge.paused),
         report=report,
         files=files,
     )
 
 
 def _run_unfinished(
-    sweep: Sweep, store: Store, tracker: Tracker, progress: Progress
-) -> Mapping[str, str]:
-    """Return the reasons of failed trials by hash."""
-    distinct = sweep.distinct_trials
-    todo = [trial for trial in distinct if store.trial(trial.hash).status() != "finished"]
-    _catch_up(sweep, todo, store, tracker)
-    bridge = _Bridge(sweep, todo, store, tracker, progress)
+    sweep: Sweep,
+    store: Store,
+    tracker: Tracker,
+    progress: Progress,
+    price: Price | None,
+    trainable: Callable[[dict[str, Any]], None],
+    *,
+    only_failed: bool,
+) -> "_Bridge":
+    """Return what heard of every trial."""
+    states = {trial.hash: store.trial(trial.hash).status() for trial in sweep.distinct_trials}
+    unfinished = [trial for trial in sweep.by_priority if states[trial.hash] != "finished"]
+    _catch_up(sweep, unfinished, store, tracker)
+    todo = [trial for trial in unfinished if not only_failed or states[trial.hash] == "failed"]
+    governor = _governor(sweep, store, price)
+    bridge = _Bridge(sweep, todo, store, tracker, progress, governor)
+    bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
     if todo:
         with _interruptible(sweep, bridge) as listen, connected():
             listen()  # again: Ray has put its own handler in place
-            _run_trials(sweep, todo, store, bridge)
+            _run_trials(sweep, todo, store, bridge, price, trainable)
     for trial in todo:
-        if trial.hash not in bridge.failed and store.trial(trial.hash).status() != "finished":
+        known = trial.hash in bridge.failed.keys() | bridge.paused
+        if not known and store.trial(trial.hash).status() != "finished":
             bridge.failed[trial.hash] = "ended without a result; run the same command again"
-    return bridge.failed
+    bridge.left |= bridge.paused
+    return bridge
 
 
-def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bridge") -> None:
+def _governor(sweep: Sweep, store: Store, price: Price | None) -> Governor | None:
+    limit = limit_seconds(sweep, price.usd_per_hour if price else 0.0)
+    if limit is None:
+        return None
+    rows = look_up(sweep, store)
+    spent = {row.trial.hash: row.done.seconds for row in rows if row.done is not None}
+    return Governor(limit, spent=spent, priority=[trial.hash for trial in sweep.by_priority])
+
+
+def _run_trials(
+    sweep: Sweep,
+    todo: Sequence[Trial],
+    store: Store,
+    bridge: "_Bridge",
+    price: Price | None,
+    trainable: Callable[[dict[str, Any]], None],
+) -> None:
     resources = sweep.resources
     slots = trial_slots(resources)
-    run_id = uuid.uuid4().hex
+    run_id = bridge.run_id
     source = read_source()
     for trial in todo:
         folder = store.trial(trial.hash)
@@ -139,6 +184,7 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
             hang_minutes=resources.hang_minutes,
+            usd_per_hour=price.usd_per_hour if price and not price.assumed else None,
         )
         for trial in todo
     ]
@@ -148,7 +194,7 @@ def _run_trials(sweep: Sweep, todo: Sequence[Trial], store: Store, bridge: "_Bri
         concurrent = resources.max_concurrent
     with tempfile.TemporaryDirectory(prefix="knet-tune-") as scratch:
         ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, HEAD),
+            ray.tune.with_resources(trainable, HEAD),
             param_space={"job": ray.tune.grid_search([asdict(job) for job in jobs])},
             tune_config=ray.tune.TuneConfig(
                 max_concurrent_trials=concurrent,
@@ -180,9 +226,15 @@ class _Bridge(ray.tune.Callback):
         store: Store,
         tracker: Tracker,
         progress: Progress,
+        governor: Governor | None,
     ) -> None:
+        self.run_id = uuid.uuid4().hex
         self.failed: dict[str, str] = {}
         """Reasons by trial hash."""
+        self.paused: set[str] = set()
+        """Hashes of trials that the budget was not enough for."""
+        self.left: set[str] = set()
+        """Hashes of all trials that are neither finished nor failed."""
         self.attempts: dict[str, int] = {}
         """Attempts begun so far, by trial hash."""
         self._sweep = sweep
@@ -190,6 +242,8 @@ class _Bridge(ray.tune.Callback):
         self._store = store
         self._tracker = tracker
         self._progress = progress
+        self._governor = governor
+        self._allowed: frozenset[str] | None = None
         self._running: set[str] = set()
         self._ended: set[str] = set()
         self._stopped: dict[str, str] = {}
@@ -201,6 +255,15 @@ class _Bridge(ray.tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune saves its callbacks for a restoration that never happens."""
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Tell trials to stop that the budget is not enough for; Tune calls this all the time."""
+        allowed = self._governor.allowed(time.monotonic()) if self._governor else None
+        if allowed is not None and allowed != self._allowed:
+            if self._allowed is None:
+                self._progress.note("budget: nothing new starts; what it cannot pay for stops")
+            attempts.allow(self._store, self.run_id, allowed)
+            self._allowed = allowed
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Any, **info: Any
@@ -220,6 +283,8 @@ class _Bridge(ray.tune.Callback):
             self._stop_alike(ours, result["cause"], result["reason"])
         elif result.get("outcome") == "stopped":
             self._end(ours, self._stopped.get(ours.hash, "taken over by another run"))
+        elif result.get("outcome") == "paused":
+            self._pause(ours)
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -283,6 +348,8 @@ class _Bridge(ray.tune.Callback):
     def _begin(self, trial: Trial, attempt: int) -> None:
         self.attempts[trial.hash] = attempt
         self._running.add(trial.hash)
+        if self._governor:
+            self._governor.begin(trial.hash, time.monotonic())
         self._tracker.start_trial(trial, attempt)
         self._log_provenance(trial)
         self._progress.begin(trial, attempt)
@@ -301,6 +368,9 @@ class _Bridge(ray.tune.Callback):
             else:
                 self._tracker.log_picture(trial.hash, result["step"], png)
         if "step" in result:
+            if self._governor:
+                now = time.monotonic()
+                self._governor.advance(trial.hash, result["step"], result["total"], now)
             moment = Moment(
                 step=result["step"],
                 total=result["total"],
@@ -318,9 +388,21 @@ class _Bridge(ray.tune.Callback):
         for name, content in files.items():
             self._tracker.log_file(trial.hash, name, content)
 
+    def _pause(self, trial: Trial) -> None:
+        self.paused.add(trial.hash)
+        if trial.hash in self._running:
+            self._leave(trial)
+            self._tracker.finish_trial(trial.hash, "KILLED", "budget reached; it can go on")
+            self._progress.end(trial, "stopped: budget reached; it can go on")
+
+    def _leave(self, trial: Trial) -> None:
+        self._running.discard(trial.hash)
+        if self._governor:
+            self._governor.end(trial.hash, time.monotonic())
+
     def _end(self, trial: Trial, failure: str | None = None) -> None:
         started = trial.hash in self._running
-        self._running.discard(trial.hash)
+        self._leave(trial)
         self._log_provenance(trial)  # by now with the first worker's machine
         self._ended.add(trial.hash)
         if failure is not None:

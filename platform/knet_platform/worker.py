@@ -12,7 +12,7 @@ from typing import Any
 import ray.train
 
 from knet_core import NonFiniteError, Recipe, Report
-from knet_platform.attempts import verify
+from knet_platform.attempts import may_go_on, verify
 from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
 from knet_platform.storage import FAILURES, Failure, Store, TrialStore
@@ -21,19 +21,24 @@ from knet_platform.watchdog import Watchdog
 PICTURES = "pictures"
 
 
-def train_worker(config: dict[str, Any]) -> str:
-    """Train one trial's share, from its newest checkpoint, and return the device's name.
+def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
+    """Train one trial's share, from its newest checkpoint.
 
     Args:
         config: `recipe` (plain values), `store_uri`, `trial_hash`, `run_id`, `attempt`,
             `images_at_once` (None: as the recipe asks) and `hang_minutes`.
+
+    Returns:
+        The device's name, and whether the trial came to its end.
     """
     import torch
     from ray.train.torch import get_device
 
     from knet_core import fit
 
-    store = Store(config["store_uri"]).trial(config["trial_hash"])
+    run_id, trial_hash = config["run_id"], config["trial_hash"]
+    everything = Store(config["store_uri"])
+    store = everything.trial(trial_hash)
     recipe = Recipe.from_dict(config["recipe"])
     resumed = ray.train.get_checkpoint()
     if resumed is None and (name := store.latest_checkpoint()):  # Ray Train lost its record
@@ -46,7 +51,7 @@ def train_worker(config: dict[str, Any]) -> str:
     )
     reporter = RayReporter(
         store,
-        config["run_id"],
+        run_id,
         attempt=config["attempt"],
         eval_batch=recipe.eval.batch_size,
         resumed_from=Path(resumed.path).name if resumed else "",
@@ -62,7 +67,7 @@ def train_worker(config: dict[str, Any]) -> str:
         scratch = Path(folder)
         resume_from = Path(start) if start else None
         try:
-            fit(
+            result = fit(
                 recipe,
                 callbacks=[reporter],
                 output_dir=scratch,
@@ -70,10 +75,12 @@ def train_worker(config: dict[str, Any]) -> str:
                 device=device,
                 images_at_once=config["images_at_once"],
                 on_progress=watchdog.beat,
+                should_stop=lambda: not may_go_on(everything, run_id, trial_hash),
             )
         except NonFiniteError as error:
             raise NonFiniteError(_keep_dumps(str(error), scratch, store)) from error
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return name, result.finished
 
 
 class RayReporter:

@@ -148,6 +148,27 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert states[0]["random"] == states[1]["random"]
 
 
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(
+    tiny_recipe, tmp_path
+):
+    recipe = tiny_recipe(iterations=6, eval_every=6)
+    whole = fit(recipe, output_dir=tmp_path / "whole")
+    recorder = Recorder()
+    stopped = fit(
+        recipe,
+        callbacks=[recorder],
+        output_dir=tmp_path / "stopped",
+        report_every_seconds=0,
+        should_stop=lambda: len(recorder.reports) == 2,
+    )
+    assert whole.finished
+    assert (stopped.finished, stopped.step) == (False, 3)
+    assert recorder.reports[-1].checkpoint == stopped.checkpoint
+    resumed = fit(recipe, output_dir=tmp_path / "on", resume_from=stopped.checkpoint)
+    assert resumed.finished
+    assert reproducible(resumed.metrics) == reproducible(whole.metrics)
+
+
 def test_the_seed_decides_the_run(tiny_recipe, tmp_path):
     recipe = tiny_recipe(iterations=2)
     runs = [

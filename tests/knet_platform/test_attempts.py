@@ -31,3 +31,12 @@ def test_leftovers_of_an_earlier_run_may_not_write(store: TrialStore) -> None:
     with pytest.raises(SupersededError):
         attempts.begin(store, "first")
     attempts.verify(store, "second")
+
+
+def test_a_run_says_which_of_its_trials_may_go_on(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert attempts.may_go_on(store, "run", "a")
+    attempts.allow(store, "run", {"a"})
+    assert attempts.may_go_on(store, "run", "a")
+    assert not attempts.may_go_on(store, "run", "b")
+    assert attempts.may_go_on(store, "another run", "b")

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from mlflow.entities import Run
 from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.planning import Sweep, load_sweep, trial_hash
+from knet_platform.planning import Budget, Sweep, load_sweep, trial_hash
+from knet_platform.prices import Price
 from knet_platform.progress import PlainProgress
 from knet_platform.storage import Store
 from knet_platform.tracking import MemoryTracker
@@ -191,6 +192,59 @@ def test_submit_runs_the_sweep_as_a_job_and_ends_as_it_ends(
     monkeypatch.setenv("RAY_ADDRESS", done.cluster)
     assert main(["submit", "tiny.yaml"]) == 0
     assert "2 (baseline)" in capsys.readouterr().out
+
+
+def test_only_failed_trials_are_retried(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trial that was never run stays so; the failed one is run, and fails again."""
+    broken = done.folder / "broken.yaml"
+    text = broken.read_text().replace("resources:", "  new: {model.stages: 3}\nresources:")
+    (done.folder / "retried.yaml").write_text(text)
+    assert main(["retry", "--failed", str(done.folder / "retried.yaml"), "--json"]) == 3
+    captured = capsys.readouterr()
+    outcome = json.loads(captured.out)
+    assert [trial["arm"] for trial in outcome["failed"]] == ["broken"]
+    assert "broken/0  starting, attempt 2" in captured.err
+    assert "2 of 4 trials were finished before and are not run again" in captured.err
+    assert "new/0" not in captured.err
+
+
+def test_a_spent_budget_stops_the_sweep_and_a_higher_one_continues_it(
+    done: Done, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = SWEEP.replace('"1": {model.stages: 1}', '"1": {train.iterations: 4000}')
+    long = long.replace('"2": {model.stages: 2}', '"2": {train.iterations: 4001}')
+    path = done.folder / "budget.yaml"
+    path.write_text(long + "  max_concurrent: 1\n  price_per_gpu_hour: 1\n")
+    sweep = load_sweep(path, overrides=["train.eval_every=5000"])
+    price = Price(
+        usd_per_hour=3600.0, trials_per_instance=1.0, gpu="", gpu_memory_gb=0.0,
+        basis="a dollar a second", assumed=False,
+    )  # fmt: skip
+
+    from knet_platform.tuner import SweepOutcome, run_sweep
+
+    def run(usd: float, sweep: Sweep) -> SweepOutcome:
+        sweep = replace(sweep, budget=Budget(usd=usd))
+        progress = PlainProgress(sweep, finished=0)
+        return run_sweep(sweep, done.store, MemoryTracker(), progress, home=done.home, price=price)
+
+    outcome = run(45.0, sweep)
+    assert [trial.arm for trial in outcome.paused] == ["1", "2"]
+    assert not outcome.finished
+    assert not outcome.failed
+    baseline, other = (done.store.trial(sweep.trials[index].hash) for index in (1, 0))
+    first = baseline.state()
+    assert first is not None  # it saved when it was stopped
+    assert 0 < first.step < 4000
+    assert first.step % 5000 != 0
+    assert other.status() == "new"  # the baseline comes first, nothing started after it
+    again = run(45.0 + first.seconds + 30.0, sweep)
+    second = baseline.state()
+    assert second is not None
+    assert second.step > first.step
+    assert [trial.arm for trial in again.paused] == ["1", "2"]
 
 
 def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:

@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one recipe on this machine",
     "plan": "show what a sweep would run, what is done, and how long the rest takes",
     "run": "start or continue a sweep",
+    "retry": "run the trials of a sweep that failed",
     "submit": "send a sweep to a Ray cluster as a job",
     "report": "write a sweep's table beside the paper's numbers, and its page",
     "diff": "show what differs between two runs",

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knet_core import DiskFullError
+from knet_platform.cli.sweeps import add_sweep_arguments, load_priced_sweep
 from knet_platform.cluster import prepare_environment, ray_address
-from knet_platform.errors import TrialsFailedError
+from knet_platform.errors import BudgetError, TrialsFailedError
+from knet_platform.forecast import look_up, make_forecast, require_budget
 from knet_platform.home import knet_home, storage_uri, tracking_uri
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import Sweep
 from knet_platform.storage import Store
 
 if TYPE_CHECKING:
@@ -23,34 +25,37 @@ EXAMPLES = """\
 examples:
   knet run sweeps/stages.yaml --scale laptop
   knet run sweeps/stages.yaml data=sweeps/data/coco.yaml data.root=/data/coco --seeds 3
+  knet run sweeps/stages.yaml --instance g5.12xlarge --spot --max-usd 200
   RAY_ADDRESS=10.0.0.5:6379 knet run sweeps/stages.yaml --json
 
-The same command continues an interrupted sweep; finished trials are never run again."""
+The same command continues an interrupted sweep. Finished trials are never run again, failed ones
+are; `knet retry --failed` runs those alone."""
 
 LEAST_FREE_GIB = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("sweep", type=Path, help="sweep file, such as sweeps/stages.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe values that win over all files"
-    )
-    parser.add_argument("--scale", metavar="NAME", help="a file in scales/ beside the sweep")
-    parser.add_argument("--seeds", type=int, metavar="N", help="run seeds 0 to N-1")
+    add_sweep_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the sweep, then print its table."""
-    sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
+    return run_trials(args, only_failed=False)
+
+
+def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
+    """Run what is not finished, or only what failed, then print the table."""
+    sweep, price = load_priced_sweep(args)
     home = knet_home()
     store = Store(storage_uri())
     ray_address()
     _require_space(home, store)
-    finished = sum(
-        store.trial(trial.hash).status() == "finished" for trial in sweep.distinct_trials
-    )
+    rows = look_up(sweep, store, gpu=price.gpu)
+    require_budget(sweep, make_forecast(sweep, rows, price))
+    states = {row.trial.hash: row.state for row in rows}
+    finished = sum(state == "finished" for state in states.values())
     prepare_environment()
 
     from knet_platform.progress import open_progress
@@ -60,11 +65,25 @@ def run(args: argparse.Namespace) -> int:
 
     # Ray prints its warnings on stdout, which is for results.
     with redirect_stdout(sys.stderr), open_progress(sweep, finished) as progress:
+        if finished:
+            progress.note(
+                f"{finished} of {len(states)} trials were finished before and are not run again "
+                f"(found by their hashes, whatever the sweep was called)"
+            )
         tracker = BackgroundTracker(
             MLflowTracker(tracking_uri(), artifacts=home / "mlartifacts"),
             warn=lambda problem: progress.note(f"tracking: {problem} (training goes on)"),
         )
-        outcome = run_sweep(sweep, store, tracker, progress, home=home, scale=args.scale)
+        outcome = run_sweep(
+            sweep,
+            store,
+            tracker,
+            progress,
+            home=home,
+            scale=args.scale,
+            price=price,
+            only_failed=only_failed,
+        )
     if args.json:
         print(json.dumps(_as_json(sweep, outcome, tracker), indent=2))
     else:
@@ -74,6 +93,11 @@ def run(args: argparse.Namespace) -> int:
             f"tracking: {tracker.lost} updates did not arrive ({tracker.problem}); every result "
             f"is in the store, and the same command brings MLflow up to date",
             file=sys.stderr,
+        )
+    if outcome.paused:
+        raise BudgetError(
+            f"{sweep.path}: budget: reached with {len(outcome.paused)} trials to go; the same "
+            f"command with a higher --max-usd or budget: goes on from their checkpoints"
         )
     return TrialsFailedError.exit_code if outcome.failed else 0
 
@@ -113,6 +137,10 @@ def _as_json(
         "failed": [
             {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash, "reason": reason}
             for trial, reason in outcome.failed
+        ],
+        "paused": [
+            {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash}
+            for trial in outcome.paused
         ],
         "files": {name: str(path) for name, path in outcome.files.items()},
         "compare_url": tracker.compare_url(),

@@ -15,10 +15,10 @@ import knet_core
 import knet_platform
 from knet_core import DataError, data_home
 from knet_platform.cli import run as run_verb
+from knet_platform.cli.sweeps import load_priced_sweep
 from knet_platform.cluster import prepare_environment
 from knet_platform.errors import InterruptedSweepError, UsageError
 from knet_platform.home import knet_home, storage_uri
-from knet_platform.planning import load_sweep
 from knet_platform.source import read_source
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     sweep = _inside(args.sweep)
     # What is wrong with the sweep is better said here and now than in a job's log.
     with suppress(DataError):  # the data may lie where only the cluster sees it
-        load_sweep(sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
+        load_priced_sweep(args)
     prepare_environment()
     client = _client()
     job = _submit(client, _entrypoint(sweep, args))
@@ -109,12 +109,19 @@ def _inside(sweep: Path) -> Path:
 
 def _entrypoint(sweep: Path, args: argparse.Namespace) -> str:
     words = ["python", "-m", "knet_platform.cli.main", "run", str(sweep), *args.overrides]
-    if args.scale is not None:
-        words += ["--scale", args.scale]
-    if args.seeds is not None:
-        words += ["--seeds", str(args.seeds)]
-    if args.json:
-        words.append("--json")
+    for flag, value in (
+        ("--scale", args.scale),
+        ("--seeds", args.seeds),
+        ("--max-usd", args.max_usd),
+        ("--instance", args.instance),
+        ("--prices", args.prices),
+    ):
+        words += [] if value is None else [flag, str(value)]
+    words += [
+        flag
+        for flag, given in (("--spot", args.spot), ("--yes", args.yes), ("--json", args.json))
+        if given
+    ]
     return shlex.join(words)
 
 

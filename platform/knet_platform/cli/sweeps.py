@@ -49,6 +49,7 @@ def load_priced_sweep(args: argparse.Namespace) -> tuple[Sweep, Price]:
         sweep = _load(args, None if args.yes else MOST_TRIALS)
     except LargeSweepError as large:
         _confirm(args, large)
+        args.yes = True  # a job that is submitted asks nobody
         sweep = _load(args, None)
     return sweep, price_of(sweep.resources, read_prices(args.prices))
 

@@ -8,7 +8,7 @@ import pytest
 
 import knet_core
 from knet_platform.cli.main import main
-from knet_platform.cli.submit import _entrypoint, runtime_env
+from knet_platform.cli.submit import _entrypoint, add_arguments, runtime_env
 from knet_platform.source import read_source
 
 
@@ -66,12 +66,15 @@ def test_packages_of_a_source_tree_go_along(
 
 
 def test_the_job_runs_the_same_command(project: Path) -> None:
-    args = argparse.Namespace(
-        overrides=["data.root=/my data", "train.iterations=5"], scale="laptop", seeds=3, json=True
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = "--scale laptop --seeds 3 --max-usd 7.5 --instance g5.xlarge --spot --json"
+    args = parser.parse_args(
+        ["sweeps/stages.yaml", "data.root=/my data", "train.iterations=5", *words.split()]
     )
     assert _entrypoint(Path("sweeps/stages.yaml"), args) == (
         "python -m knet_platform.cli.main run sweeps/stages.yaml 'data.root=/my data' "
-        "train.iterations=5 --scale laptop --seeds 3 --json"
+        f"train.iterations=5 {words}"
     )
 
 
