@@ -1,21 +1,34 @@
 """What `knet run` adds: its trials against the same Ray Train groups under bare Ray Tune.
 
 python benchmarks/sweep_overhead.py [--rounds 4] [--trials 5]
+python benchmarks/sweep_overhead.py --noop [--trials 1000]
 
 Both sides train the same recipe through `knet_core.fit` with two workers on one local cluster;
 `knet run` adds the store, retries, checkpoints' bookkeeping, MLflow, progress and the report.
 Rounds alternate between the two; the median of the rounds' ratios is the answer.
+
+With --noop the group is replaced by a body that only leaves a checkpoint, on both sides, so that
+nothing but the overhead is left: planning, time per trial, and the memory of this process.
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knet_platform.cluster import HEAD, prepare_environment
+from knet_platform.planning import Sweep, Trial
+from knet_platform.progress import Moment, PlainProgress
+
+if TYPE_CHECKING:
+    from knet_platform.driver import TrialJob
+    from knet_platform.storage import TrialStore
 
 SWEEP = """\
 # {title}
@@ -97,12 +110,133 @@ def run_bare(recipes: list[dict[str, Any]], storage: Path, slots: int) -> None:
     assert not results.errors, results.errors
 
 
+def leave_checkpoint(folder: Path) -> None:
+    """Write what a trained step would leave, without its megabytes."""
+    checkpoint = folder / "checkpoint_1"
+    checkpoint.mkdir(parents=True)
+    for name in ("model.safetensors", "trainer.pt", "recipe.yaml"):
+        (checkpoint / name).write_bytes(b"")
+    state = {
+        "format": 1,
+        "step": 1,
+        "epoch": 1.0,
+        "categories": [],
+        "metrics": {"val/AP": 0.5, "train/loss": 1.0},
+        "evaluations": [],
+        "seconds": 0.0,
+        "num_parameters": 1,
+    }
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def noop_group(
+    job: "TrialJob", store: "TrialStore", attempt: int, images_at_once: int | None
+) -> tuple[str, bool]:
+    """Take the place of the Train group."""
+    import ray.tune
+
+    leave_checkpoint(Path(store.uri))
+    ray.tune.report({"step": 1, "total": 1, "points": []})
+    return "cpu", True
+
+
+def noop_trial(config: dict[str, Any]) -> None:
+    """Be the driver of `knet run` around nothing."""
+    from knet_platform.driver import run_trial
+
+    run_trial(config, train=noop_group)
+
+
+def bare_noop(config: dict[str, Any]) -> None:
+    """Do the same under bare Tune."""
+    import ray.tune
+
+    leave_checkpoint(Path(config["storage"], str(config["index"])))
+    ray.tune.report({"step": 1})
+    ray.tune.report({"done_training": True})
+
+
+def measure_noop(folder: Path, file: Path, num_trials: int) -> None:
+    """Plan and run on our side, then run bare, and print all three."""
+    import ray.tune
+
+    from knet_platform.planning import load_sweep
+    from knet_platform.storage import Store
+    from knet_platform.tracking import BackgroundTracker
+    from knet_platform.tracking.mlflow import MLflowTracker
+    from knet_platform.tuner import run_sweep
+
+    arms = "\n".join(f"  a{i}: {{optim.lr: {1e-6 * (i + 1):.8f}}}" for i in range(num_trials))
+    head = SWEEP.format(title="No-ops", seeds=0).partition("arms:")[0]
+    file.write_text(f"{head.replace('plain', 'a0')}arms:\n{arms}\nresources: {{workers: 2}}\n")
+    home = folder / "home"
+    plan = [sys.executable, "-m", "knet_platform.cli.main", "plan", str(file), "--json"]
+    began = time.monotonic()
+    subprocess.run(plan, check=True, stdout=subprocess.DEVNULL)
+    print(f"plan of {num_trials} arms: {time.monotonic() - began:.1f} s", flush=True)
+
+    sweep = load_sweep(file)
+    tracker = BackgroundTracker(
+        MLflowTracker(f"sqlite:///{folder}/mlflow.db", artifacts=folder / "artifacts"), warn=print
+    )
+    progress = Watch(sweep, num_trials)
+    began = time.monotonic()
+    outcome = run_sweep(
+        sweep, Store(str(home / "storage")), tracker, progress, home=home, trainable=noop_trial
+    )
+    ours = time.monotonic() - began
+    assert len(outcome.finished) == num_trials, outcome.failed[:1]
+    print(f"knet run: {ours:.1f} s, {1000 * ours / num_trials:.0f} ms a trial", flush=True)
+    print(f"memory of this process by finished trials, MiB: {progress.memory}", flush=True)
+
+    began = time.monotonic()
+    results = ray.tune.Tuner(
+        ray.tune.with_resources(bare_noop, HEAD),
+        param_space={
+            "index": ray.tune.grid_search(list(range(num_trials))),
+            "storage": str(folder / "bare"),
+        },
+        tune_config=ray.tune.TuneConfig(max_concurrent_trials=2, reuse_actors=True),
+        run_config=ray.tune.RunConfig(storage_path=str(folder / "tune"), verbose=0),
+    ).fit()
+    bare = time.monotonic() - began
+    assert not results.errors, results.errors
+    print(
+        f"bare: {bare:.1f} s, {1000 * bare / num_trials:.0f} ms a trial; ratio {ours / bare:.2f}"
+    )
+
+
+class Watch(PlainProgress):
+    """Keeps the process's memory after every tenth of the trials instead of printing them."""
+
+    def __init__(self, sweep: Sweep, num_trials: int) -> None:
+        super().__init__(sweep, 0)
+        self.memory: dict[int, int] = {}
+        self._ended = 0
+        self._every = max(1, num_trials // 10)
+
+    def begin(self, trial: Trial, attempt: int) -> None:
+        """Say nothing."""
+
+    def update(self, trial: Trial, moment: Moment) -> None:
+        """Say nothing."""
+
+    def end(self, trial: Trial, outcome: str) -> None:
+        """Look at the memory now and then."""
+        self._ended += 1
+        if self._ended % self._every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.memory[self._ended] = pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
 def main() -> None:
     """Alternate, print each round, and the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--noop", action="store_true")
     args = parser.parse_args()
+    args.trials = args.trials or (1000 if args.noop else 5)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_environment()
@@ -123,6 +257,10 @@ def main() -> None:
             log_to_driver=False,
             logging_level="ERROR",
         )
+        if args.noop:
+            measure_noop(folder, file, args.trials)
+            ray.shutdown()
+            return
         ratios = []
         for index in range(args.rounds):
             seeds = range(index * args.trials, (index + 1) * args.trials)

@@ -5,6 +5,7 @@ driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -43,16 +44,25 @@ class TrialJob:
     """What all workers together cost; None where the sweep names no price."""
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """Run a trial to its end; failures are recorded and reported, not raised."""
+Train = Callable[[TrialJob, TrialStore, int, int | None], tuple[str, bool]]
+"""Takes job, store, attempt and images at once; returns device and whether the trial ended."""
+
+
+def run_trial(config: dict[str, Any], train: Train | None = None) -> None:
+    """Run a trial to its end; failures are recorded and reported, not raised.
+
+    Args:
+        config: A `TrialJob` under `job`.
+        train: Brings the trial to its end; unset: a Ray Train group.
+    """
     job = TrialJob(**config["job"])
     try:
-        _run(job, Store(job.store_uri).trial(job.trial_hash))
+        _run(job, Store(job.store_uri).trial(job.trial_hash), train or _fit)
     except SupersededError:  # whoever took it over says how it goes on
         ray.tune.report({"outcome": "stopped"})
 
 
-def _run(job: TrialJob, store: TrialStore) -> None:
+def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     began = time.monotonic()
     policy = Policy()
     while True:
@@ -63,7 +73,7 @@ def _run(job: TrialJob, store: TrialStore) -> None:
         store.clear_failure()
         ray.tune.report({"attempt": attempt})
         try:
-            device, finished = _fit(job, store, attempt, policy.images_at_once)
+            device, finished = train(job, store, attempt, policy.images_at_once)
             break
         except (ray.train.TrainingFailedError, RayTrainError, RayError, KNetError) as error:
             verify(store, job.run_id)

@@ -72,3 +72,33 @@ def test_importing_the_verb_loads_no_ray_torch_or_mlflow() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_a_sweep_beyond_its_budget_is_not_started(
+    sweep: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = refused(capsys, str(sweep), "--max-usd", "0.00001")
+    assert code == 4
+    assert "budget: forecast" in line
+    assert "raise --max-usd" in line
+    assert not home.exists()
+
+
+def test_the_budget_of_the_file_holds_and_the_command_line_wins(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.write_text(SWEEP + "budget: {usd: 0.00001}\n")
+    assert refused(capsys, str(sweep))[0] == 4
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, line = refused(capsys, str(sweep), "--max-usd", "100")
+    assert (code, "MLFLOW_TRACKING_URI" in line) == (2, True)  # past the budget
+
+
+def test_a_negative_cap_is_refused(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = refused(capsys, str(sweep), "--max-usd", "-1")
+    assert (code, line) == (2, "error: --max-usd: expected an amount >= 0, got -1")
+
+
+def test_retry_says_what_it_retries(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["retry", str(sweep)]) == 2
+    assert "the following arguments are required: --failed" in capsys.readouterr().err
