@@ -163,6 +163,8 @@ def require_budget(sweep: Sweep, forecast: Forecast) -> None:
     Raises:
         BudgetError: What was spent and what is forecast are more than it may cost.
     """
+    if not forecast.seconds.high:  # nothing to run, so nothing to refuse
+        return
     for name, cap, spent, band in _caps(sweep.budget, forecast):
         if spent + band.mid > cap:
             so_far = f" besides {spent:.2f} spent" if spent else ""

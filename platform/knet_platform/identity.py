@@ -37,7 +37,10 @@ def trial_hash(recipe: Recipe, fingerprint: str, code: str | None = None) -> str
     Raises:
         ConfigError: Values that are not the same thing on every machine, all of them.
     """
-    content = [identity(recipe), fingerprint, code_digest() if code is None else code]
+    return _digest(identity(recipe), fingerprint, code_digest() if code is None else code)
+
+
+def _digest(*content: Any) -> str:
     return hashlib.sha256(_canonical(content).encode()).hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
     ray_address()
     _require_space(home, store)
     rows = look_up(sweep, store, gpu=price.gpu)
+    if only_failed:
+        rows = [row if row.state == "failed" else replace(row, estimate=None) for row in rows]
     require_budget(sweep, make_forecast(sweep, rows, price))
     states = {row.trial.hash: row.state for row in rows}
     finished = sum(state == "finished" for state in states.values())
@@ -70,6 +73,8 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
                 f"{finished} of {len(states)} trials were finished before and are not run again "
                 f"(found by their hashes, whatever the sweep was called)"
             )
+        if only_failed and "failed" not in states.values():
+            progress.note("no trial failed: there is nothing to retry")
         tracker = BackgroundTracker(
             MLflowTracker(tracking_uri(), artifacts=home / "mlartifacts"),
             warn=lambda problem: progress.note(f"tracking: {problem} (training goes on)"),

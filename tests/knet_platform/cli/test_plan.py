@@ -169,6 +169,12 @@ def test_what_was_spent_counts_for_the_budget(capsys, home, trials):
     assert "spent" in capsys.readouterr().err
 
 
+def test_a_finished_sweep_passes_any_budget(capsys, home, trials):
+    for trial_hash in trials.values():
+        finish(home, trial_hash)
+    assert main(["plan", *ARGUMENTS, "--max-usd", "0"]) == 0
+
+
 @pytest.mark.slow
 def test_a_probe_measures_time_and_memory_here(capsys, home):
     quick = ["train.batch_size=4", "data.shapes.num_train=8"]
