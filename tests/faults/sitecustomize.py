@@ -45,11 +45,11 @@ def _faults(trial_hash):
 
 def _faulty_driver(run_trial):
     @functools.wraps(run_trial)
-    def run(config):
+    def run(config, *args, **options):
         faults = _faults(config["job"]["trial_hash"])
         if faults.is_dir():
             (faults / "driver.pid").write_text(str(os.getpid()))
-        run_trial(config)
+        run_trial(config, *args, **options)
 
     return run
 

@@ -42,7 +42,9 @@ class Played:
         self.store = Store(str(folder / "storage"))
         self.tracker = MemoryTracker()
         progress = PlainProgress(self.sweep, finished=0)
-        self.bridge = _Bridge(self.sweep, self.sweep.trials, self.store, self.tracker, progress)
+        self.bridge = _Bridge(
+            self.sweep, self.sweep.trials, self.store, self.tracker, progress, governor=None
+        )
         self.trials = {trial.name: trial for trial in self.sweep.trials}
         for trial in self.sweep.trials:
             attempts.claim(self.store.trial(trial.hash), "run")
