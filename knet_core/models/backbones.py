@@ -169,8 +169,14 @@ def _load_weights(trunk: nn.Module, file: Path) -> None:
             weights: Any = load_file(file)
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{key}: cannot read {file}: {_first_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {file} ({error.strerror or error})") from error
+    except (RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        # torch's own words advise to run the file's code; they stay in the traceback's cause.
+        raise ConfigError(
+            f"{key}: {file} is cut short, damaged or holds more than weights; expected a complete "
+            f"file of torch.save or .safetensors; fetch it again"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(weights, Mapping) and isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]

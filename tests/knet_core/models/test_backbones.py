@@ -361,16 +361,22 @@ def test_a_file_of_another_model_is_one_line(tmp_path):
     torch.save({**weights, "conv1.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
     torch.save([1], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no weights")
+    torch.save(weights, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-1000])
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 99)
     for name, message in (
         ("part.pth", r"lacks \d+ of the backbone's weights, first 'layer4"),
         ("shape.pth", r"another model: .*conv1\.0\.weight"),
         ("list.pth", "holds a list"),
-        ("text.pth", "cannot read"),
-        ("absent.pth", "cannot read"),
+        ("text.pth", "text.pth is cut short, damaged or holds more than weights; expected"),
+        ("cut.pth", "cut.pth is cut short"),
+        ("cut.safetensors", "cut.safetensors is cut short"),
+        ("absent.pth", r"cannot read .*absent\.pth \(No such file or directory\)"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             Backbone(config(checkpoint=str(tmp_path / name)))
         assert str(error.value).startswith("model.backbone.checkpoint: ")
+        assert "weights_only" not in str(error.value)  # torch's advice to run the file's code
         assert "\n" not in str(error.value)
 
 
