@@ -54,7 +54,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, where the C library is glibc.
 
     By default every large map is returned to the system when freed and fetched again, page by
-    page, for the next one. Affects allocations from now on; call it once, before predicting.
+    page, for the next one. Affects allocations from now on; call it once, before training or
+    predicting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

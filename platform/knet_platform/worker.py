@@ -34,7 +34,7 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
     import torch
     from ray.train.torch import get_device
 
-    from knet_core import fit
+    from knet_core import fit, keep_freed_memory
 
     run_id, trial_hash = config["run_id"], config["trial_hash"]
     everything = Store(config["store_uri"])
@@ -57,6 +57,7 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
         resumed_from=Path(resumed.path).name if resumed else "",
     )
     device = get_device()
+    keep_freed_memory()
     if ray.train.get_context().get_world_rank() == 0:
         store.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
     with (

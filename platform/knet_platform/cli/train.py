@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(
         args.recipe, scale=_scale(args.recipe, args.scale), overrides=args.overrides
     )
-    from knet_core import data_fingerprint, fit
+    from knet_core import data_fingerprint, fit, keep_freed_memory
     from knet_platform.cli.output import progress_bar, show_metrics
     from knet_platform.tracking import BackgroundTracker
     from knet_platform.tracking.mlflow import MLflowTracker
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
     checkpoint = _newest_checkpoint(output)
+    keep_freed_memory()
     tracker = BackgroundTracker(
         MLflowTracker(tracking_uri(), artifacts=knet_home() / "mlartifacts"),
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
