@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.planning import Resources
+from knet_platform.sweep_file import Resources
 
 SETTINGS = {
     # The old reporter can be silenced; nobody reads the files that Tune's loggers write.

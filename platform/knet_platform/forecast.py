@@ -17,9 +17,10 @@ from knet_platform.pace import (
     num_iterations,
     peak_memory_gb,
 )
-from knet_platform.planning import Budget, Sweep, Trial
+from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
 from knet_platform.storage import Status, Store, TrialStore
+from knet_platform.sweep_file import Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,10 @@ writes nothing.
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from knet_core import ConfigError, DataConfig, Recipe, data_fingerprint
 from knet_platform.config import (
@@ -29,90 +28,16 @@ from knet_platform.config import (
 )
 from knet_platform.errors import PlatformError
 from knet_platform.identity import same_run, trial_hash
-from knet_platform.metrics import METRICS, find_metric
-
-# Names become MLflow runs and folders of the report.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
-_KEYS = (
-    "name",
-    "base",
-    "metric",
-    "seeds",
-    "baseline",
-    "arms",
-    "grid",
-    "scales",
-    "paper",
-    "resources",
-    "scheduler",
-    "budget",
+from knet_platform.sweep_file import (
+    SCALE_KEYS,
+    Arm,
+    Budget,
+    Metric,
+    Paper,
+    Resources,
+    SweepReader,
+    shown,
 )
-_LATER = ("search",)
-_SCALE_KEYS = ("recipe", "seeds", "resources")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """What the sweep is judged by."""
-
-    name: str
-    mode: Literal["min", "max"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paper:
-    """The published numbers of the same arms."""
-
-    source: str
-    columns: dict[str, str]
-    """Metric name to column title, in the order of the rows."""
-    rows: dict[str, tuple[float | None, ...]]
-    """Arm to values as printed in the paper; None where it gives none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What one trial takes, and how many may run at once."""
-
-    workers: int = 1
-    gpus_per_worker: float = 0
-    cpus_per_worker: float = 1
-    max_concurrent: int | None = None
-    """Unset: as many as the cluster holds."""
-    hang_minutes: float = 15
-    """Without a step, after which a trial is ended and tried once more; its first step may take
-    four times that. 0 waits for ever."""
-    instance: str | None = None
-    """What it runs on, as `cluster/prices.yaml` calls it."""
-    spot: bool = False
-    """Priced as spot instances."""
-    price_per_gpu_hour: float | None = None
-    """USD; wins over the instance's list price."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What all trials of the sweep together may cost, over all its runs."""
-
-    usd: float | None = None
-    gpu_hours: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Arm:
-    """What a sweep file says of one arm."""
-
-    base: str | None
-    """Its recipe: its own `base:`, else the sweep's. None where that is no file name."""
-    stated: dict[str, Any]
-    """All that stands under its name."""
-    at_scale: dict[str, Any]
-    """What `scales:` sets instead at the scale in use."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return what it sets on its recipe."""
-        return {key: value for key, value in self.stated.items() if key != "base"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +148,7 @@ def load_sweep(
     count = _num_arms(values) * (seeds if seeds is not None else len(listed or [0]))
     if most_trials is not None and count > most_trials:
         values = _sample(values)
-    reader = _Reader(path, values, problems=problems)
+    reader = SweepReader(path, values, problems=problems)
     name = reader.name()
     arms = reader.arms(scale_path.stem if scale_path else None)
     baseline = reader.baseline(arms)
@@ -234,7 +159,7 @@ def load_sweep(
     budget = reader.budget()
     chosen = reader.seeds("seeds", values.get("seeds", [0]))
     if scale_path is not None:
-        reader = _Reader(scale_path, scale_values, known=_SCALE_KEYS, problems=problems)
+        reader = SweepReader(scale_path, scale_values, known=SCALE_KEYS, problems=problems)
         resources = reader.resources("resources", scale_values.get("resources"), resources)
         if "seeds" in scale_values:
             chosen = reader.seeds("seeds", scale_values["seeds"])
@@ -302,7 +227,7 @@ def _num_arms(values: Mapping[str, Any]) -> int:
 def _sample(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sweep of the same kind with one arm of each listed one and of the grid."""
     cut = {key: axis[:1] for key, axis in (values.get("grid") or {}).items()}
-    arm = ",".join(f"{key}={_shown(value)}" for key, (value,) in cut.items())
+    arm = ",".join(f"{key}={shown(value)}" for key, (value,) in cut.items())
     arms = dict(itertools.islice((values.get("arms") or {}).items(), 1))
     changes: dict[str, Any] = {"arms": arms, "grid": cut, "baseline": arm or next(iter(arms))}
     kept = {key: value for key, value in values.items() if key not in ("paper", "scales")}
@@ -332,7 +257,7 @@ def _find_scale(sweep: Path, scale: str) -> Path:
 
 def _layers(
     path: Path,
-    arms: Mapping[str, _Arm],
+    arms: Mapping[str, Arm],
     scale_path: Path | None,
     scale_values: Mapping[str, Any],
     overrides: Sequence[str],
@@ -410,254 +335,3 @@ def _worker_problems(recipes: Mapping[str, Recipe], resources: Resources, path: 
                 f"worker; set train.sync_batch_norm=false"
             )
     return problems
-
-
-class _Reader:
-    """Checks the parts of one sweep or scale file and gathers what is wrong with them."""
-
-    def __init__(
-        self,
-        path: Path,
-        values: Mapping[str, Any],
-        *,
-        known: Sequence[str] = _KEYS,
-        problems: list[str] | None = None,
-    ) -> None:
-        self._path = path
-        self._values = values
-        self.problems = [] if problems is None else problems
-        later = _LATER if known is _KEYS else ()
-        self._unknown(values, (*known, *later), "")
-
-    def unimplemented(self) -> None:
-        """Refuse what the format reserves and this version does not do yet."""
-        for key in _LATER:
-            if key in self._values:
-                self._wrong(key, "is part of the format but not implemented yet; remove it")
-        scheduler = self._values.get("scheduler", "fifo")
-        name = scheduler.get("name") if isinstance(scheduler, dict) else scheduler
-        if name == "asha":
-            self._wrong("scheduler", "asha is not implemented yet; use fifo or remove the key")
-        elif scheduler not in ("fifo", {"name": "fifo"}):
-            self._wrong("scheduler", f"expected fifo, got {scheduler!r}")
-
-    def name(self) -> str:
-        """Return the sweep's name."""
-        name = self._values.get("name")
-        if not isinstance(name, str):
-            self._wrong("name", f"expected the sweep's name, got {name!r}")
-            return ""
-        self._check_name("name", name)
-        return name
-
-    def metric(self) -> Metric:
-        """Return the metric the sweep is judged by."""
-        values = self._mapping("metric", required=True)
-        self._unknown(values, ("name", "mode"), "metric.")
-        name, mode = values.get("name"), values.get("mode")
-        info = self._metric_info("metric.name", name) if values else None
-        right = None if info is None else "max" if info.higher_is_better else "min"
-        if values and mode not in ("min", "max"):
-            self._wrong("metric.mode", f"expected min or max, got {mode!r}")
-        elif right is not None and mode != right:
-            self._wrong("metric.mode", f"got {mode}, expected {right}, which is better for {name}")
-        return Metric(name=str(name), mode=cast(Literal["min", "max"], mode))
-
-    def seeds(self, key: str, values: Any) -> tuple[int, ...]:
-        """Return a list of distinct seeds."""
-        if not isinstance(values, list) or not values:
-            self._wrong(key, f"expected a list with at least one seed, got {values!r}")
-            return ()
-        wrong = [seed for seed in values if type(seed) is not int or seed < 0]
-        if wrong:
-            self._wrong(key, f"expected integers >= 0, got {wrong[0]!r}")
-            return ()
-        twice = sorted({seed for seed in values if values.count(seed) > 1})
-        if twice:
-            self._wrong(key, f"seed {twice[0]} is listed twice")
-        return tuple(values)
-
-    def arms(self, scale: str | None) -> dict[str, _Arm]:
-        """Return every arm, with what it sets at the scale of that name."""
-        settings = self._settings()
-        at_scale = self._at_scale(scale, settings)
-        default = self._base("base", self._values)
-        return {
-            name: _Arm(
-                base=self._base(f"arms.{name}.base", values) if "base" in values else default,
-                stated=values,
-                at_scale=at_scale.get(name, {}),
-            )
-            for name, values in settings.items()
-        }
-
-    def _base(self, key: str, values: Mapping[str, Any]) -> str | None:
-        base = values.get("base")
-        if isinstance(base, str):
-            return base
-        self._wrong(key, f"expected a recipe file beside the sweep, got {base!r}")
-        return None
-
-    def _at_scale(self, scale: str | None, arms: Collection[str]) -> dict[str, dict[str, Any]]:
-        chosen: dict[str, dict[str, Any]] = {}
-        for name, changes in self._mapping("scales").items():
-            if not isinstance(changes, dict):
-                self._wrong(f"scales.{name}", f"expected {{arm: {{key: value}}}}, got {changes!r}")
-                continue
-            for arm, settings in changes.items():
-                key = f"scales.{name}.{arm}"
-                if arm not in arms:
-                    self._wrong(key, f"is not an arm{suggestion(arm, arms)}")
-                elif not isinstance(settings, dict):
-                    self._wrong(key, f"expected {{key: value}}, got {settings!r}")
-                elif name == scale:
-                    chosen[arm] = settings
-        return chosen
-
-    def _settings(self) -> dict[str, dict[str, Any]]:
-        """Return what every arm sets: those of `arms:`, then every combination of `grid:`."""
-        arms = dict(self._mapping("arms", required="grid" not in self._values))
-        for name, settings in arms.items():
-            if settings is not None and not isinstance(settings, dict):
-                self._wrong(f"arms.{name}", f"expected {{key: value}}, got {settings!r}")
-                settings = None
-            arms[name] = settings or {}
-        grid = self._mapping("grid")
-        axes = {key: axis for key, axis in grid.items() if isinstance(axis, list) and axis}
-        for key in grid.keys() - axes.keys():
-            self._wrong(f"grid.{key}", f"expected a list of values, got {grid[key]!r}")
-        for combination in itertools.product(*axes.values()) if axes else ():
-            settings = dict(zip(axes, combination, strict=True))
-            name = ",".join(f"{key}={_shown(value)}" for key, value in settings.items())
-            if name in arms:
-                self._wrong("grid", f"gives arm '{name}' twice")
-            arms[name] = settings
-        for name in arms:
-            self._check_name("arms", name)
-        return arms
-
-    def baseline(self, arms: Mapping[str, Any]) -> str:
-        """Return the arm that the others are compared with."""
-        value = self._values.get("baseline")
-        name = "" if value is None else _shown(value)
-        if arms and name not in arms:
-            self._wrong(
-                "baseline",
-                f"'{name}' is not an arm; arms are {', '.join(arms)}{suggestion(name, arms)}",
-            )
-        return name
-
-    def paper(self, arms: Mapping[str, Any]) -> Paper | None:
-        """Return the published numbers, if the sweep states any."""
-        if self._values.get("paper") is None:
-            return None
-        values = self._mapping("paper", required=True)
-        if not values:
-            return None
-        self._unknown(values, ("source", "columns", "rows"), "paper.")
-        columns, rows = values.get("columns"), values.get("rows")
-        if not isinstance(columns, dict) or not columns:
-            self._wrong("paper.columns", f"expected {{metric: title}}, got {columns!r}")
-            columns = {}
-        if not isinstance(rows, dict):
-            self._wrong("paper.rows", f"expected {{arm: [numbers]}}, got {rows!r}")
-            rows = {}
-        for metric in columns:
-            self._metric_info("paper.columns", metric)
-        for arm, row in rows.items():
-            if arm not in arms:
-                self._wrong(f"paper.rows.{arm}", f"is not an arm{suggestion(arm, arms)}")
-            if not isinstance(row, list) or len(row) != len(columns):
-                self._wrong(
-                    f"paper.rows.{arm}",
-                    f"expected {len(columns)} values, one per column, got {row!r}",
-                )
-                rows = rows | {arm: []}
-            elif wrong := [item for item in row if not (item is None or _is_number(item))]:
-                self._wrong(f"paper.rows.{arm}", f"expected numbers or null, got {wrong[0]!r}")
-        return Paper(
-            source=str(values.get("source", "")),
-            columns={metric: str(title) for metric, title in columns.items()},
-            rows={arm: tuple(row) for arm, row in rows.items()},
-        )
-
-    def resources(self, key: str, values: Any, default: Resources) -> Resources:
-        """Return `default` with what the file sets."""
-        if values is None:
-            return default
-        if not isinstance(values, dict):
-            self._wrong(key, f"expected {{workers: 2, ...}}, got {values!r}")
-            return default
-        names = [item.name for item in dataclasses.fields(Resources)]
-        self._unknown(values, names, f"{key}.")
-        good: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in names and (problem := _resource_problem(name, value)):
-                self._wrong(f"{key}.{name}", problem)
-            elif name in names:
-                good[name] = value
-        return dataclasses.replace(default, **good)
-
-    def budget(self) -> Budget:
-        """Return what the sweep may cost."""
-        values = self._mapping("budget")
-        names = [item.name for item in dataclasses.fields(Budget)]
-        self._unknown(values, names, "budget.")
-        good = {name: value for name, value in values.items() if name in names}
-        for name, value in list(good.items()):
-            if not _is_number(value) or value < 0:
-                self._wrong(f"budget.{name}", f"expected a number >= 0, got {good.pop(name)!r}")
-        return Budget(**good)
-
-    def _wrong(self, key: str, problem: str) -> None:
-        self.problems.append(f"{self._path}: {key}: {problem}")
-
-    def _mapping(self, key: str, *, required: bool = False) -> dict[str, Any]:
-        value = self._values.get(key)
-        if value is None and not required:
-            return {}
-        if not isinstance(value, dict) or not value:
-            self._wrong(key, f"expected keys below it, got {value!r}")
-            return {}
-        return value
-
-    def _unknown(self, values: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
-        for key in values:
-            if key not in known:
-                near = suggestion(key, known) or f"; expected {', '.join(known)}"
-                self._wrong(f"{prefix}{key}", f"unknown key{near}")
-
-    def _check_name(self, key: str, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            self._wrong(
-                key,
-                f"'{name}' cannot name a run and a folder; use letters, digits and . _ = , + - "
-                f"(not first), at most 120",
-            )
-
-    def _metric_info(self, key: str, name: Any) -> Any:
-        info = find_metric(name) if isinstance(name, str) else None
-        if info is None:
-            self._wrong(key, f"unknown metric {name!r}{suggestion(str(name), METRICS)}")
-        return info
-
-
-def _resource_problem(name: str, value: Any) -> str | None:
-    if value is None and name in ("max_concurrent", "instance", "price_per_gpu_hour"):
-        return None
-    if name == "instance":
-        return None if isinstance(value, str) else f"expected an instance's name, got {value!r}"
-    if name == "spot":
-        return None if isinstance(value, bool) else f"expected true or false, got {value!r}"
-    if name in ("workers", "max_concurrent"):
-        right = type(value) is int and value >= 1
-        return None if right else f"expected an integer >= 1, got {value!r}"
-    return None if _is_number(value) and value >= 0 else f"expected a number >= 0, got {value!r}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 from knet_core import ConfigError
 from knet_platform.config import read_yaml, suggestion
-from knet_platform.planning import Resources
+from knet_platform.sweep_file import Resources
 
 _NUMBERS = ("gpus", "gpu_memory_gb", "cpus", "on_demand")
 

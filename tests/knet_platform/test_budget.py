@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from knet_platform.budget import RESERVE_SECONDS, Governor, limit_seconds
-from knet_platform.planning import Budget, Metric, Resources, Sweep
+from knet_platform.planning import Sweep
+from knet_platform.sweep_file import Budget, Metric, Resources
 
 
 def sweep_with(budget: Budget, resources: Resources) -> Sweep:

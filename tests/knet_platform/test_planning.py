@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from knet_core import ConfigError, DataError
-from knet_platform.planning import Resources, load_sweep
+from knet_platform.planning import load_sweep
+from knet_platform.sweep_file import Resources
 
 ROOT = Path(__file__).parents[2]
 STAGES = ROOT / "sweeps" / "stages.yaml"

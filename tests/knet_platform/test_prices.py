@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from knet_core import ConfigError
-from knet_platform.planning import Resources
 from knet_platform.prices import price_of, read_prices
+from knet_platform.sweep_file import Resources
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,10 +15,11 @@ from mlflow.entities import Run
 from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.planning import Budget, Sweep, load_sweep, trial_hash
+from knet_platform.planning import Sweep, load_sweep, trial_hash
 from knet_platform.prices import Price
 from knet_platform.progress import PlainProgress
 from knet_platform.storage import Store
+from knet_platform.sweep_file import Budget
 from knet_platform.tracking import MemoryTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -257,7 +258,7 @@ def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:
 
 
 def test_a_second_run_of_the_same_sweep_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    from knet_platform.tuner import sweep_lock
+    from knet_platform.locks import sweep_lock
 
     with (
         sweep_lock("tiny", tmp_path),

@@ -12,9 +12,10 @@ from knet_core import build_dataset, build_model, make_shapes
 from knet_core.data import collate
 from knet_platform.cli.main import main
 from knet_platform.config import load_recipe, read_yaml
-from knet_platform.planning import Resources, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.report import build_report
 from knet_platform.storage import Store
+from knet_platform.sweep_file import Resources
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "sweeps"

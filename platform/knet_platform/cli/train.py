@@ -14,8 +14,9 @@ from knet_platform.config import load_recipe
 from knet_platform.home import knet_home, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
-from knet_platform.planning import Budget, Metric, Resources, Sweep, Trial
+from knet_platform.planning import Sweep, Trial
 from knet_platform.storage import Store
+from knet_platform.sweep_file import Budget, Metric, Resources
 
 if TYPE_CHECKING:
     from knet_core import Recipe, Report

@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 
 from knet_platform import attempts
+from knet_platform.bridge import Bridge
 from knet_platform.planning import Sweep, load_sweep
 from knet_platform.progress import PlainProgress
 from knet_platform.storage import Store
 from knet_platform.tracking import MemoryTracker
-from knet_platform.tuner import _Bridge
 
 SWEEP = """\
 name: s
@@ -42,7 +42,7 @@ class Played:
         self.store = Store(str(folder / "storage"))
         self.tracker = MemoryTracker()
         progress = PlainProgress(self.sweep, finished=0)
-        self.bridge = _Bridge(
+        self.bridge = Bridge(
             self.sweep, self.sweep.trials, self.store, self.tracker, progress, governor=None
         )
         self.trials = {trial.name: trial for trial in self.sweep.trials}
