@@ -205,14 +205,17 @@ class Bridge(ray.tune.Callback):
             self._governor.end(trial.hash, time.monotonic())
 
     def _end(self, trial: Trial, failure: str | None = None) -> None:
+        stopped = trial.hash in self._stopped
+        if trial.hash not in self._running and not stopped:
+            self._begin(trial, self.attempts[trial.hash])  # its driver broke before it said so
         started = trial.hash in self._running
         self._leave(trial)
-        self._log_provenance(trial)  # by now with the first worker's machine
         self._ended.add(trial.hash)
+        if started:
+            self._log_provenance(trial)  # by now with the first worker's machine
         if failure is not None:
             self.failed[trial.hash] = failure
-            stopped = trial.hash in self._stopped
-            if not stopped or started:
+            if started:
                 self._tracker.finish_trial(trial.hash, "KILLED" if stopped else "FAILED", failure)
             self._progress.end(trial, failure if stopped else f"failed: {failure}")
             return

@@ -4,6 +4,7 @@ The folder of a trial is also Ray Train's run folder, so whatever restarts - a w
 driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from it.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import ray.train
 import ray.tune
 from ray.exceptions import RayError
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from knet_core import KNetError
@@ -121,6 +123,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    _name_cluster()
     store.discard_cut_file(_RAYS_RECORD)
     # Ray's annotations describe its version 1.
     trainer: Any = TorchTrainer(
@@ -151,6 +154,16 @@ def _fit(
     )
     device, finished = trainer.fit().return_value
     return device, finished
+
+
+def _name_cluster() -> None:
+    """Tell Ray Train's own processes which cluster is theirs.
+
+    Without an address they ask the one that was started last on this machine. There nobody knows
+    the trial's controller, so it is taken for dead and its workers are ended.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _result(

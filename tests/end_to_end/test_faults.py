@@ -54,7 +54,7 @@ UNUSABLE = """\
 name: unusable
 base: recipe.yaml
 metric: {name: val/AP, mode: max}
-baseline: good
+baseline: refused
 seeds: [0, 1]
 resources: {max_concurrent: 1}
 arms:
