@@ -178,7 +178,7 @@ def load_sweep(
             recipes[arm] = resolve(stack, built=sections)
     notes: list[str] = []
     if not problems:
-        notes = _merge_notes(path, recipes, baseline, problems)
+        notes = _merge_notes(path, recipes, baseline, problems) + _scale_notes(arms)
         problems.extend(_worker_problems(recipes, resources, path))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -292,6 +292,16 @@ def _layers(
                 f"set seeds: in the sweep or --seeds N"
             )
     return stacks
+
+
+def _scale_notes(arms: Mapping[str, Arm]) -> list[str]:
+    """Say which arms are not what the paper's row of that name is."""
+    return [
+        f"arm {name} is another one at this scale: "
+        + ", ".join(f"{key}={value}" for key, value in arm.at_scale.items())
+        for name, arm in arms.items()
+        if arm.at_scale
+    ]
 
 
 def _merge_notes(

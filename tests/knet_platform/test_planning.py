@@ -221,6 +221,9 @@ def test_arms_may_be_other_ones_at_a_scale_and_only_there(sweep, tmp_path):
     one, three = load_sweep(path, scale=str(scale), seeds=1).trials
     assert (one.recipe.model.stages, one.recipe.optim.lr) == (5, 1.0)
     assert one.overrides == {"model.stages": 5, "optim.lr": 1.0}
+    assert load_sweep(path, scale=str(scale), seeds=1).notes == (
+        "arm one is another one at this scale: model.stages=5",
+    )
     assert three.recipe.model.stages == 2
     over = load_sweep(path, scale=str(scale), seeds=1, overrides=["model.stages=4"])
     assert over.trials[0].recipe.model.stages == 4
