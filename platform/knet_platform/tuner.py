@@ -190,7 +190,8 @@ def _run_trials(
     concurrent = slots + 1
     if resources.max_concurrent is not None and resources.max_concurrent <= slots:
         concurrent = resources.max_concurrent
-    with tempfile.TemporaryDirectory(prefix="knet-tune-") as scratch:
+    # Tune may still be writing there when the run is interrupted.
+    with tempfile.TemporaryDirectory(prefix="knet-tune-", ignore_cleanup_errors=True) as scratch:
         ray.tune.Tuner(
             ray.tune.with_resources(trainable, HEAD),
             param_space={"job": ray.tune.grid_search([asdict(job) for job in jobs])},

@@ -72,7 +72,7 @@ def test_a_new_sweep_is_all_to_run_and_nothing_is_written(capsys, home):
     assert main(["plan", *ARGUMENTS]) == 0
     text = capsys.readouterr().out
     assert "5 arms x 2 seeds = 10 trials" in text
-    assert "batch of 16 images = 2 workers x 8" in text
+    assert "batch of 12 images = 2 workers x 6" in text
     assert "3 (baseline)" in text
     assert "0 finished, 10 to run" in text
     assert not home.exists()
