@@ -2,7 +2,8 @@
 
 A run of a sweep claims every trial it is about to start. Workers that a killed run left behind
 compare the claim with their own before they write, and stop: two runs never mix in one folder.
-A run whose budget is spent tells its trials which of them may go on.
+A run whose budget is spent tells its trials which of them may go on, and a screen tells those that
+did not pass (`TrialStore.write_pruned`).
 """
 
 import json
@@ -74,9 +75,17 @@ def allow(store: Store, run_id: str, trials: Collection[str]) -> None:
 
 
 def may_go_on(store: Store, run_id: str, trial_hash: str) -> bool:
-    """Return whether the run of the sweep lets a trial go on."""
+    """Return whether the budget and the screen of its sweep let a trial go on."""
+    if is_pruned(store.trial(trial_hash), run_id):
+        return False
     run = store.run(run_id)
     return _ALLOWED not in run.list() or trial_hash in json.loads(run.read_bytes(_ALLOWED))
+
+
+def is_pruned(store: TrialStore, run_id: str) -> bool:
+    """Return whether the screen of this run stopped the trial."""
+    pruned = store.pruned()
+    return pruned is not None and pruned.run == run_id
 
 
 def _read(store: TrialStore) -> tuple[str, int]:

@@ -16,7 +16,8 @@ from knet_platform.budget import Governor
 from knet_platform.errors import StorageError
 from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, Progress, show_metric
-from knet_platform.storage import Cause, Evaluation, Failure, Store
+from knet_platform.screening import Screen
+from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
 from knet_platform.tracking import Tracker
 
 
@@ -31,14 +32,17 @@ class Bridge(ray.tune.Callback):
         tracker: Tracker,
         progress: Progress,
         governor: Governor | None,
+        screen: Screen | None,
     ) -> None:
         self.run_id = uuid.uuid4().hex
         self.failed: dict[str, str] = {}
         """Reasons by trial hash."""
         self.paused: set[str] = set()
         """Hashes of trials that the budget was not enough for."""
+        self.pruned: set[str] = set()
+        """Hashes of trials that the screen leaves unfinished, started or not."""
         self.left: set[str] = set()
-        """Hashes of all trials that are neither finished nor failed."""
+        """Hashes of all other trials that are neither finished nor failed."""
         self.attempts: dict[str, int] = {}
         """Attempts begun so far, by trial hash."""
         self._sweep = sweep
@@ -47,11 +51,14 @@ class Bridge(ray.tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._governor = governor
+        self._screen = screen
         self._allowed: frozenset[str] | None = None
         self._running: set[str] = set()
         self._ended: set[str] = set()
         self._stopped: dict[str, str] = {}
         """Reasons by hash of trials that need not be tried."""
+        self._pruned: dict[str, Pruned] = {}
+        """Trials that the screen told to stop, by hash."""
         self._refused: dict[str, list[Trial]] = {}
         """Trials by the words in which their configuration was refused."""
         self._values: dict[str, dict[str, float]] = {trial.hash: {} for trial in todo}
@@ -88,7 +95,10 @@ class Bridge(ray.tune.Callback):
         elif result.get("outcome") == "stopped":
             self._end(ours, self._stopped.get(ours.hash, "taken over by another run"))
         elif result.get("outcome") == "paused":
-            self._pause(ours)
+            self.paused.add(ours.hash)
+            self._stop(ours, "budget reached; it can go on")
+        elif result.get("outcome") == "pruned":
+            self._stop(ours, str(self._pruned[ours.hash]))
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -182,6 +192,16 @@ class Bridge(ray.tune.Callback):
                 metric=values.get(self._sweep.metric.name),
             )
             self._progress.update(trial, moment)
+            self._judge(trial, points, result["total"])
+
+    def _judge(self, trial: Trial, points: Sequence[Evaluation], total: int) -> None:
+        if self._screen is None or not self._screen.rejects(trial, points, total):
+            return
+        if trial.hash not in self._pruned:
+            step = points[-1].step
+            pruned = Pruned(sweep=self._sweep.name, run=self.run_id, step=step, total=total)
+            self._pruned[trial.hash] = pruned
+            self._store.trial(trial.hash).write_pruned(pruned)
 
     def _log_provenance(self, trial: Trial) -> None:
         try:
@@ -192,12 +212,11 @@ class Bridge(ray.tune.Callback):
         for name, content in files.items():
             self._tracker.log_file(trial.hash, name, content)
 
-    def _pause(self, trial: Trial) -> None:
-        self.paused.add(trial.hash)
+    def _stop(self, trial: Trial, reason: str) -> None:
         if trial.hash in self._running:
             self._leave(trial)
-            self._tracker.finish_trial(trial.hash, "KILLED", "budget reached; it can go on")
-            self._progress.end(trial, "stopped: budget reached; it can go on")
+            self._tracker.finish_trial(trial.hash, "KILLED", reason)
+            self._progress.end(trial, reason)
 
     def _leave(self, trial: Trial) -> None:
         self._running.discard(trial.hash)

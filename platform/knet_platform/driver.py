@@ -18,7 +18,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from knet_core import KNetError
-from knet_platform.attempts import SupersededError, begin, may_go_on, verify
+from knet_platform.attempts import SupersededError, begin, is_pruned, may_go_on, verify
 from knet_platform.failures import Policy, cause_of
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
@@ -69,7 +69,7 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     policy = Policy()
     while True:
         if not may_go_on(Store(job.store_uri), job.run_id, job.trial_hash):
-            ray.tune.report({"outcome": "paused"})
+            _report_stop(store, job.run_id)
             return
         attempt = begin(store, job.run_id)
         store.clear_failure()
@@ -83,12 +83,17 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
                 return
     verify(store, job.run_id)
     if not finished:
-        ray.tune.report({"outcome": "paused"})
+        _report_stop(store, job.run_id)
         return
     result = _result(job, store, device, time.monotonic() - began, policy.images_at_once)
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
     ray.tune.report({"outcome": "finished", "points": [final]})
+
+
+def _report_stop(store: TrialStore, run_id: str) -> None:
+    """Say what asked the trial to stop: the screen or the budget."""
+    ray.tune.report({"outcome": "pruned" if is_pruned(store, run_id) else "paused"})
 
 
 def _goes_on(store: TrialStore, attempt: int, error: Exception, policy: Policy) -> bool:

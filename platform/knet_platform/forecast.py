@@ -6,6 +6,7 @@ Looks trials up in the store; writes nothing and needs no cluster.
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from knet_platform.errors import BudgetError
 from knet_platform.pace import (
@@ -19,6 +20,7 @@ from knet_platform.pace import (
 )
 from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
+from knet_platform.screening import screened_out
 from knet_platform.storage import Status, Store, TrialStore
 from knet_platform.sweep_file import Budget
 
@@ -28,15 +30,15 @@ class PlannedTrial:
     """One trial of a sweep as the store knows it."""
 
     trial: Trial
-    state: Status
+    state: Status | Literal["pruned"]
     done: Done | None
     """Training already paid for."""
     iterations: int | None
     """Optimizer steps in all; None where the training images cannot be counted."""
     reason: str | None
-    """Why it failed."""
+    """Why it failed, or where the screen stopped its arm."""
     estimate: Estimate | None
-    """What it still needs; None for a finished trial."""
+    """What it still needs; None where the sweep runs it no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,16 @@ def look_up(
     rows = []
     for trial in sweep.trials:
         state, done, reason = found[trial.hash]
+        pruned = None if state == "finished" else screened_out(sweep, store, trial)
+        over = state == "finished" or pruned is not None
         rows.append(
             PlannedTrial(
                 trial=trial,
-                state=state,
+                state="pruned" if pruned else state,
                 done=done,
                 iterations=num_iterations(trial.recipe),
-                reason=reason,
-                estimate=None if state == "finished" else pace.estimate(trial),
+                reason=str(pruned) if pruned else reason,
+                estimate=None if over else pace.estimate(trial),
             )
         )
     return rows

@@ -31,6 +31,7 @@ from knet_platform.identity import same_run, trial_hash
 from knet_platform.sweep_file import (
     SCALE_KEYS,
     Arm,
+    Asha,
     Budget,
     Metric,
     Paper,
@@ -74,6 +75,8 @@ class Sweep:
     paper: Paper | None
     resources: Resources
     budget: Budget
+    scheduler: Asha | None = None
+    """Screens the arms with the first seed; None: all run in full."""
     trials: tuple[Trial, ...]
     """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
     notes: tuple[str, ...] = ()
@@ -157,6 +160,7 @@ def load_sweep(
     reader.unimplemented()
     resources = reader.resources("resources", values.get("resources"), Resources())
     budget = reader.budget()
+    scheduler = reader.scheduler()
     chosen = reader.seeds("seeds", values.get("seeds", [0]))
     if scale_path is not None:
         reader = SweepReader(scale_path, scale_values, known=SCALE_KEYS, problems=problems)
@@ -183,6 +187,8 @@ def load_sweep(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
+    if scheduler is not None:
+        notes.append(_screen_note(scheduler, chosen[0]))
     fingerprints: dict[DataConfig, str] = {}
     trials = []
     for seed, (arm, recipe) in itertools.product(chosen, recipes.items()):
@@ -210,6 +216,7 @@ def load_sweep(
         paper=paper,
         resources=resources,
         budget=budget,
+        scheduler=scheduler,
         trials=tuple(trials),
         notes=tuple(notes),
     )
@@ -318,6 +325,14 @@ def _merge_notes(
         for same in groups.values()
         if len(same) > 1
     ]
+
+
+def _screen_note(scheduler: Asha, seed: int) -> str:
+    return (
+        f"asha screens the arms with seed {seed}, from {scheduler.grace:.0%} of a run on: arms "
+        f"that it prunes are not run with other seeds and show no values, which would not compare "
+        f"with those of full runs; it never prunes the baseline; seed {seed} favours those it kept"
+    )
 
 
 def _worker_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
-failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run folder.
+pruned.json, failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run
+folder.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`).
 A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
 nature.
@@ -121,6 +122,23 @@ class Failure:
     """ISO 8601."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """Where a screen stopped a trial."""
+
+    sweep: str
+    """Whose screen; any other sweep goes on from the last checkpoint."""
+    run: str
+    """The run of the sweep that decided it; see `attempts`."""
+    step: int
+    """Of the evaluation that decided it."""
+    total: int
+    """Steps of a full run."""
+
+    def __str__(self) -> str:
+        return f"pruned at step {self.step} of {self.total}"
+
+
 class Store:
     """The folder or bucket prefix that holds every trial."""
 
@@ -190,6 +208,7 @@ class TrialStore:
         values = {name: getattr(result, name) for name in names} | {"evaluations": evaluations}
         self._write_json("result.json", values)
         self.clear_failure()
+        self.clear_pruned()
 
     def failure(self) -> Failure | None:
         """Return the failure that ended the trial; None if it went on or can go on."""
@@ -215,8 +234,22 @@ class TrialStore:
 
     def clear_failure(self) -> None:
         """Let the trial go on after the failure that ended it, if any; the record stays."""
-        with _explained(self.uri, "write"), suppress(FileNotFoundError):
-            self._filesystem.delete_file(f"{self._root}/failure.json")
+        self._delete("failure.json")
+
+    def pruned(self) -> Pruned | None:
+        """Return where a screen stopped the trial; None if it went on, or ended otherwise."""
+        if {"result.json", "failure.json"} & set(self.list()):
+            return None
+        values = self._read_json("pruned.json")
+        return None if values is None else Pruned(**values)
+
+    def write_pruned(self, pruned: Pruned) -> None:
+        """Tell the trial to save and stop."""
+        self._write_json("pruned.json", asdict(pruned))
+
+    def clear_pruned(self) -> None:
+        """Let the trial go on after a screen stopped it."""
+        self._delete("pruned.json")
 
     def provenance(self) -> Provenance | None:
         """Return what the trial was made from; None before its first start."""
@@ -338,6 +371,10 @@ class TrialStore:
     def _failure_numbers(self) -> Sequence[int]:
         found = (_FAILURE.fullmatch(name) for name in self.list(FAILURES))
         return sorted(int(match[1]) for match in found if match)
+
+    def _delete(self, relative: str) -> None:
+        with _explained(self.uri, "write"), suppress(FileNotFoundError):
+            self._filesystem.delete_file(f"{self._root}/{relative}")
 
     def _read_json(self, relative: str) -> dict[str, Any] | None:
         if relative not in self.list():

@@ -83,6 +83,16 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asha:
+    """Asynchronous successive halving (Li et al., arXiv:1810.05934), as a screen of the arms."""
+
+    grace: float = 1 / 9
+    """Share of a run before which nothing is stopped."""
+    reduction_factor: float = 3
+    """About one in so many trials passes a milestone; each lies so many times later in the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """What a sweep file says of one arm."""
 
@@ -121,12 +131,6 @@ class SweepReader:
         for key in _LATER:
             if key in self._values:
                 self._wrong(key, "is part of the format but not implemented yet; remove it")
-        scheduler = self._values.get("scheduler", "fifo")
-        name = scheduler.get("name") if isinstance(scheduler, dict) else scheduler
-        if name == "asha":
-            self._wrong("scheduler", "asha is not implemented yet; use fifo or remove the key")
-        elif scheduler not in ("fifo", {"name": "fifo"}):
-            self._wrong("scheduler", f"expected fifo, got {scheduler!r}")
 
     def name(self) -> str:
         """Return the sweep's name."""
@@ -295,6 +299,30 @@ class SweepReader:
             if not _is_number(value) or value < 0:
                 self._wrong(f"budget.{name}", f"expected a number >= 0, got {good.pop(name)!r}")
         return Budget(**good)
+
+    def scheduler(self) -> Asha | None:
+        """Return the screen of the arms; None where all run in full, which is the default."""
+        given = self._values.get("scheduler", "fifo")
+        values = given if isinstance(given, dict) else {"name": given}
+        name = values.get("name")
+        if name == "pbt":
+            self._wrong("scheduler", "pbt is not implemented; use fifo or asha")
+        elif name not in ("fifo", "asha"):
+            self._wrong("scheduler", f"expected fifo or asha, got {name!r}")
+        if name != "asha":
+            self._unknown(values, ("name",), "scheduler.")
+            return None
+        names = [item.name for item in dataclasses.fields(Asha)]
+        self._unknown(values, ("name", *names), "scheduler.")
+        good = {key: value for key, value in values.items() if key in names}
+        grace, factor = good.get("grace", 0.5), good.get("reduction_factor", 2)
+        if not _is_number(grace) or not 0 < grace < 1:
+            self._wrong("scheduler.grace", f"expected a share of the run, 0 to 1, got {grace!r}")
+            del good["grace"]
+        if not _is_number(factor) or factor <= 1:
+            self._wrong("scheduler.reduction_factor", f"expected a number > 1, got {factor!r}")
+            del good["reduction_factor"]
+        return Asha(**good)
 
     def _wrong(self, key: str, problem: str) -> None:
         self.problems.append(f"{self._path}: {key}: {problem}")

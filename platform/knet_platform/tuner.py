@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +31,9 @@ from knet_platform.prices import Price
 from knet_platform.progress import Progress
 from knet_platform.provenance import capture, with_absolute_root
 from knet_platform.report import Report, build_report, write_report
+from knet_platform.screening import Screen, screened_out, screens
 from knet_platform.source import read_source
-from knet_platform.storage import Evaluation, Store
+from knet_platform.storage import Evaluation, Pruned, Store
 from knet_platform.tracking import Tracker
 from knet_platform.tracking.protocol import Status
 
@@ -49,6 +50,8 @@ class SweepOutcome:
     """Trials with their reasons."""
     paused: tuple[Trial, ...]
     """Trials that the budget was not enough for; they can go on."""
+    pruned: tuple[Trial, ...]
+    """Trials of arms that the screen stopped."""
     report: Report
     files: Mapping[str, Path]
     """The report's files, as `write_report` names them."""
@@ -103,13 +106,14 @@ def run_sweep(
         except Exception:
             tracker.finish_sweep("FAILED")
             raise
-        failed, left = bridge.failed, bridge.left
+        failed, left, pruned = bridge.failed, bridge.left, bridge.pruned
         status: Status = "FAILED" if failed else "KILLED" if left else "FINISHED"
         tracker.finish_sweep(status, list(files.values()))
     return SweepOutcome(
-        finished=tuple(t for t in sweep.trials if t.hash not in failed.keys() | left),
+        finished=tuple(t for t in sweep.trials if t.hash not in failed.keys() | left | pruned),
         failed=tuple((t, failed[t.hash]) for t in sweep.trials if t.hash in failed),
         paused=tuple(t for t in sweep.trials if t.hash in bridge.paused),
+        pruned=tuple(t for t in sweep.trials if t.hash in pruned),
         report=report,
         files=files,
     )
@@ -127,22 +131,42 @@ def _run_unfinished(
 ) -> Bridge:
     """Return what heard of every trial."""
     states = {trial.hash: store.trial(trial.hash).status() for trial in sweep.distinct_trials}
-    unfinished = [trial for trial in sweep.by_priority if states[trial.hash] != "finished"]
-    _catch_up(sweep, unfinished, store, tracker)
+    pruned = _pruned(sweep, store)
+    done = {trial_hash for trial_hash, state in states.items() if state == "finished"}
+    unfinished = [t for t in sweep.by_priority if t.hash not in done | pruned.keys()]
+    _catch_up(sweep, done, pruned, store, tracker)
     todo = [trial for trial in unfinished if not only_failed or states[trial.hash] == "failed"]
     governor = _governor(sweep, store, price)
-    bridge = Bridge(sweep, todo, store, tracker, progress, governor)
+    screen = Screen(sweep) if sweep.scheduler else None
+    bridge = Bridge(sweep, todo, store, tracker, progress, governor, screen)
     bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
     if todo:
         with _interruptible(sweep, bridge) as listen, connected():
             listen()  # again: Ray has put its own handler in place
-            _run_trials(sweep, todo, store, bridge, price, trainable)
+            if screen:
+                screen.recall(store)
+                first = [trial for trial in todo if screens(sweep, trial)]
+                _run_trials(sweep, first, store, bridge, price, trainable)
+                pruned = _pruned(sweep, store)
+            rest = [t for t in todo if not screens(sweep, t) and t.hash not in pruned]
+            _run_trials(sweep, rest, store, bridge, price, trainable)
+    bridge.pruned = set(pruned)
     for trial in todo:
-        known = trial.hash in bridge.failed.keys() | bridge.paused
+        known = trial.hash in bridge.failed.keys() | bridge.paused | bridge.pruned
         if not known and store.trial(trial.hash).status() != "finished":
             bridge.failed[trial.hash] = "ended without a result; run the same command again"
     bridge.left |= bridge.paused
     return bridge
+
+
+def _pruned(sweep: Sweep, store: Store) -> dict[str, Pruned]:
+    """Return what the screen leaves unfinished, by hash."""
+    found = {t.hash: screened_out(sweep, store, t) for t in sweep.distinct_trials}
+    return {
+        trial_hash: pruned
+        for trial_hash, pruned in found.items()
+        if pruned is not None and store.trial(trial_hash).status() != "finished"
+    }
 
 
 def _governor(sweep: Sweep, store: Store, price: Price | None) -> Governor | None:
@@ -162,6 +186,8 @@ def _run_trials(
     price: Price | None,
     trainable: Callable[[dict[str, Any]], None],
 ) -> None:
+    if not todo:
+        return
     resources = sweep.resources
     slots = trial_slots(resources)
     run_id = bridge.run_id
@@ -169,6 +195,7 @@ def _run_trials(
     for trial in todo:
         folder = store.trial(trial.hash)
         bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
+        folder.clear_pruned()
         if folder.provenance() is None:
             provenance = capture(trial.recipe, workers=resources.workers, source=source)
             folder.write_provenance(provenance, source.patch)
@@ -211,14 +238,20 @@ def _run_trials(
         ).fit()
 
 
-def _catch_up(sweep: Sweep, todo: Sequence[Trial], store: Store, tracker: Tracker) -> None:
+def _catch_up(
+    sweep: Sweep,
+    finished: Collection[str],
+    pruned: Mapping[str, Pruned],
+    store: Store,
+    tracker: Tracker,
+) -> None:
     """Tell the tracker what it missed: results of other sweeps, the end of a killed process."""
-    unfinished = {trial.hash for trial in todo}
     for trial in sweep.distinct_trials:
         status = tracker.status(trial.hash)
-        if trial.hash in unfinished:
+        if trial.hash not in finished:
             if status == "RUNNING":
-                tracker.finish_trial(trial.hash, "KILLED", "ended without a word")
+                reason = str(pruned.get(trial.hash, "ended without a word"))
+                tracker.finish_trial(trial.hash, "KILLED", reason)
             continue
         if status == "FINISHED":
             continue

@@ -6,7 +6,7 @@ import pytest
 
 from knet_platform import attempts
 from knet_platform.attempts import SupersededError
-from knet_platform.storage import Store, TrialStore
+from knet_platform.storage import Pruned, Store, TrialStore
 
 
 @pytest.fixture
@@ -40,3 +40,12 @@ def test_a_run_says_which_of_its_trials_may_go_on(tmp_path: Path) -> None:
     assert attempts.may_go_on(store, "run", "a")
     assert not attempts.may_go_on(store, "run", "b")
     assert attempts.may_go_on(store, "another run", "b")
+
+
+def test_a_trial_may_not_go_on_in_the_run_that_pruned_it(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.trial("a").write_pruned(Pruned(sweep="s", run="run", step=1, total=2))
+    assert not attempts.may_go_on(store, "run", "a")
+    assert attempts.may_go_on(store, "another run", "a")  # which took the trial over
+    store.trial("a").clear_pruned()
+    assert attempts.may_go_on(store, "run", "a")

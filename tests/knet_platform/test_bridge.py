@@ -10,6 +10,7 @@ from knet_platform import attempts
 from knet_platform.bridge import Bridge
 from knet_platform.planning import Sweep, load_sweep
 from knet_platform.progress import PlainProgress
+from knet_platform.screening import Screen
 from knet_platform.storage import Store
 from knet_platform.tracking import MemoryTracker
 
@@ -35,15 +36,21 @@ model: {channels: 32}
 class Played:
     """A sweep whose drivers' reports are made up."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scheduler: str = "") -> None:
         (folder / "recipe.yaml").write_text(RECIPE)
-        (folder / "s.yaml").write_text(SWEEP)
+        (folder / "s.yaml").write_text(SWEEP + scheduler)
         self.sweep: Sweep = load_sweep(folder / "s.yaml")
         self.store = Store(str(folder / "storage"))
         self.tracker = MemoryTracker()
         progress = PlainProgress(self.sweep, finished=0)
         self.bridge = Bridge(
-            self.sweep, self.sweep.trials, self.store, self.tracker, progress, governor=None
+            self.sweep,
+            self.sweep.trials,
+            self.store,
+            self.tracker,
+            progress,
+            governor=None,
+            screen=Screen(self.sweep) if scheduler else None,
         )
         self.trials = {trial.name: trial for trial in self.sweep.trials}
         for trial in self.sweep.trials:
@@ -56,6 +63,11 @@ class Played:
     def fail(self, name: str, cause: str, reason: str) -> None:
         self.report(name, attempt=1)
         self.report(name, outcome="failed", cause=cause, reason=reason)
+
+    def measure(self, name: str, step: int, ap: float) -> None:
+        """Report an evaluation of a trial of 100 steps."""
+        point = {"step": step, "time": 0.0, "metrics": {"val/AP": ap}}
+        self.report(name, step=step, total=100, points=[point])
 
     def stopped(self) -> set[str]:
         """Return the trials that no driver may begin any more."""
@@ -120,3 +132,33 @@ def test_a_driver_that_died_is_on_record_and_the_trial_goes_on(played: Played) -
     store = played.store.trial(played.trials["1/0"].hash)
     assert [failure.cause for failure in store.failures()] == ["preempted"]
     assert store.failure() is None
+
+
+def test_a_screened_arm_is_told_to_save_and_its_run_says_where_it_was_pruned(
+    tmp_path: Path,
+) -> None:
+    played = Played(tmp_path, "scheduler: {name: asha, grace: 0.2, reduction_factor: 2}\n")
+    for name in ("1/0", "2/0"):
+        played.report(name, attempt=1)
+    played.measure("1/0", 20, 0.4)
+    played.measure("2/0", 10, 0.1)
+    trial = played.trials["2/0"]
+    assert attempts.may_go_on(played.store, played.bridge.run_id, trial.hash)
+    played.measure("2/0", 20, 0.1)
+    assert not attempts.may_go_on(played.store, played.bridge.run_id, trial.hash)
+    assert attempts.may_go_on(played.store, played.bridge.run_id, played.trials["1/0"].hash)
+    played.report("2/0", outcome="pruned")
+    run = played.tracker.runs[trial.hash]
+    assert (run.status, run.reason) == ("KILLED", "pruned at step 20 of 100")
+    assert not played.bridge.failed
+    assert not played.bridge.paused
+
+
+def test_an_arm_that_ends_before_it_hears_of_the_screen_is_finished(tmp_path: Path) -> None:
+    played = Played(tmp_path, "scheduler: {name: asha, grace: 0.2, reduction_factor: 2}\n")
+    played.report("1/0", attempt=1)
+    played.measure("1/0", 20, 0.4)
+    played.report("2/0", attempt=1)
+    played.measure("2/0", 20, 0.1)
+    played.report("2/0", outcome="finished")
+    assert played.tracker.status(played.trials["2/0"].hash) == "FINISHED"

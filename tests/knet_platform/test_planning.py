@@ -7,7 +7,7 @@ import yaml
 
 from knet_core import ConfigError, DataError
 from knet_platform.planning import load_sweep
-from knet_platform.sweep_file import Resources
+from knet_platform.sweep_file import Asha, Resources
 
 ROOT = Path(__file__).parents[2]
 STAGES = ROOT / "sweeps" / "stages.yaml"
@@ -254,9 +254,11 @@ def test_problems_of_an_arms_recipe_and_of_its_stand_ins_are_named(sweep, tmp_pa
         ({"resources": {"spot": "yes"}}, "resources.spot: expected true or false, got 'yes'"),
         ({"resources": {"instance": 5}}, "resources.instance: expected an instance's name, got 5"),
         ({"search": {"x": 3}}, "search: is part of the format but not implemented yet"),
-        ({"scheduler": "asha"}, "scheduler: asha is not implemented yet"),
-        ({"scheduler": {"name": "asha"}}, "scheduler: asha is not implemented yet"),
-        ({"scheduler": "pbt"}, "scheduler: expected fifo, got 'pbt'"),
+        ({"scheduler": "pbt"}, "scheduler: pbt is not implemented; use fifo or asha"),
+        ({"scheduler": "ahsa"}, "scheduler: expected fifo or asha, got 'ahsa'"),
+        ({"scheduler": 3}, "scheduler: expected fifo or asha, got 3"),
+        ({"scheduler": {"grace": 0.5}}, "scheduler: expected fifo or asha, got None"),
+        ({"scheduler": {"name": "fifo", "grace": 0.5}}, "scheduler.grace: unknown key"),
         ({"seeds": []}, "seeds: expected a list with at least one seed"),
         ({"seeds": ["a"]}, "seeds: expected integers >= 0, got 'a'"),
         ({"base": "gone.yaml"}, "gone.yaml: cannot read the file"),
@@ -282,8 +284,30 @@ def test_normalisation_is_synchronised_between_gpus_only(sweep):
         load_sweep(sweep(**arms, resources=resources))
 
 
-def test_fifo_is_accepted(sweep):
-    assert load_sweep(sweep(scheduler="fifo")).trials == load_sweep(sweep()).trials
+def test_all_arms_run_in_full_unless_a_screen_is_asked_for(sweep):
+    default = load_sweep(sweep())
+    assert default.scheduler is None
+    for scheduler in ("fifo", {"name": "fifo"}):
+        assert load_sweep(sweep(scheduler=scheduler)) == default
+
+
+def test_a_screen_changes_no_trial_and_is_noted(sweep):
+    loaded = load_sweep(sweep(scheduler="asha", seeds=[4, 2]))
+    assert loaded.scheduler == Asha()
+    assert loaded.trials == load_sweep(sweep(seeds=[4, 2])).trials
+    (note,) = loaded.notes
+    assert note.startswith("asha screens the arms with seed 4, from 11% of a run on")
+    chosen = {"name": "asha", "grace": 0.25, "reduction_factor": 2}
+    assert load_sweep(sweep(scheduler=chosen)).scheduler == Asha(grace=0.25, reduction_factor=2)
+
+
+def test_all_problems_of_a_screen_are_reported_at_once(sweep):
+    wrong = {"name": "asha", "grace": 1, "reduction_factor": True, "brackets": 2}
+    assert problems_of(sweep(scheduler=wrong)) == [
+        "scheduler.brackets: unknown key; did you mean 'grace'?",
+        "scheduler.grace: expected a share of the run, 0 to 1, got 1",
+        "scheduler.reduction_factor: expected a number > 1, got True",
+    ]
 
 
 def test_a_range_problem_names_the_arm(sweep):

@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 
 from knet_core import DiskFullError
 from knet_platform.errors import StorageError
-from knet_platform.storage import Evaluation, Failure, Store, TrialResult
+from knet_platform.storage import Evaluation, Failure, Pruned, Store, TrialResult
 
 RESULT = TrialResult(
     trial_hash="ab",
@@ -106,6 +106,28 @@ def test_every_failure_stays_on_record_and_one_may_have_ended_the_trial(store):
     trial.clear_failure()
     trial.write_result(RESULT)
     assert (trial.failure(), len(trial.failures())) == (None, 11)
+
+
+def test_a_pruned_trial_is_so_until_it_goes_on_or_ends_otherwise(store):
+    trial = store.trial("ab")
+    pruned = Pruned(sweep="s", run="r", step=40, total=120)
+    assert trial.pruned() is None
+    trial.write_pruned(pruned)
+    assert (trial.pruned(), trial.status()) == (pruned, "new")
+    add_checkpoint(trial, 40)
+    assert trial.status() == "partial"  # to any sweep but the one that pruned it
+    trial.write_failure(FAILURE)
+    assert trial.pruned() is None
+    trial.clear_failure()
+    assert trial.pruned() == pruned
+    trial.clear_pruned()
+    trial.clear_pruned()
+    assert trial.pruned() is None
+    trial.write_pruned(pruned)
+    trial.write_result(RESULT)
+    assert trial.pruned() is None
+    trial.write_pruned(pruned)  # decided while the trial came to its end
+    assert (trial.pruned(), trial.status()) == (None, "finished")
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(store):

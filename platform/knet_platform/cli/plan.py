@@ -127,22 +127,29 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
     )
     console.print(_table(sweep, rows))
     for row in rows:
-        if row.reason:
+        if row.state == "failed":
             console.print(f"{row.trial.name} failed: {row.reason}")
     for note in sweep.notes:
         console.print(f"note: {note}")
     finished = sum(row.state == "finished" for row in rows)
-    if finished == len(rows):
-        console.print(f"all {len(rows)} trials are finished; see knet report {sweep.path}")
+    pruned = sum(row.state == "pruned" for row in rows)
+    left = len(rows) - finished - pruned
+    settled = f"{finished} finished" + (f", {pruned} pruned" if pruned else "")
+    if not left:
+        everything = f"all {len(rows)} trials are finished"
+        over = f"{settled}, nothing left to run" if pruned else everything
+        console.print(f"{over}; see knet report {sweep.path}")
         return
     wall = forecast.wall_hours.times(3600)
     at_once = (
         f"{forecast.concurrent} at a time" if forecast.concurrent > 1 else "one after another"
     )
     console.print(
-        f"{finished} finished, {len(rows) - finished} to run: {_duration(wall.mid)} {at_once} "
+        f"{settled}, {left} to run: {_duration(wall.mid)} {at_once} "
         f"({_duration(wall.low)} to {_duration(wall.high)}, from {forecast.source})"
     )
+    if sweep.scheduler:
+        console.print("counted as if asha stopped nothing")
     gpu_hours, usd, memory = forecast.gpu_hours, forecast.usd, forecast.peak_memory_gb
     if gpu_hours.mid:
         console.print(
@@ -188,6 +195,8 @@ def _table(sweep: Sweep, rows: Sequence[PlannedTrial]) -> "Table":
 def _state(row: PlannedTrial) -> str:
     if row.state in ("new", "finished"):
         return row.state
+    if row.state == "pruned" and row.reason:
+        return row.reason
     return f"{row.state}, step {row.done.step if row.done else 0}/{row.iterations or '?'}"
 
 

@@ -147,6 +147,10 @@ def _as_json(
             {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash}
             for trial in outcome.paused
         ],
+        "pruned": [
+            {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash}
+            for trial in outcome.pruned
+        ],
         "files": {name: str(path) for name, path in outcome.files.items()},
         "compare_url": tracker.compare_url(),
         "tracking_updates_lost": tracker.lost,

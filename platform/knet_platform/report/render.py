@@ -103,7 +103,7 @@ def grid(report: Report, table: Table) -> list[Strip]:
         if any(totals):
             texts = [number(total, 2) for total in totals]
             strips.append(Strip(heading=heading, texts=texts, rank=1))
-    return [*strips, Strip(heading="status", texts=[row.status for row in rows])]
+    return [*strips, Strip(heading="status", texts=[row.fate for row in rows])]
 
 
 def _main_strips(rows: Sequence[Row], cells: Sequence[Cell], column: Column) -> list[Strip]:

@@ -84,12 +84,22 @@ class Row:
 
     @property
     def status(self) -> str:
-        """What is true of all trials, else the worst: unreadable, failed, partial or new."""
+        """What is true of all trials, else the worst: unreadable, failed, pruned or partial."""
         found = {line.status for line in self.trials}
         if len(found) == 1:
             return found.pop()
-        worst = next((status for status in ("unreadable", "failed") if status in found), None)
+        worst = next(
+            (status for status in ("unreadable", "failed", "pruned") if status in found), None
+        )
         return worst or "partial"
+
+    @property
+    def fate(self) -> str:
+        """The status, with the step where a screen stopped the arm."""
+        pruned = next((line.pruned for line in self.trials if line.pruned), None)
+        return (
+            f"pruned at step {pruned.step}" if pruned and self.status == "pruned" else self.status
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from knet_core import KNetError
 from knet_platform.metrics import find_metric
 from knet_platform.planning import Sweep, Trial
-from knet_platform.storage import FAILURES, Failure, Store, TrialStore
+from knet_platform.screening import screened_out, screens
+from knet_platform.storage import FAILURES, Failure, Pruned, Store, TrialStore
 
 READERS = 16
 """Trials or pictures read at once: an object store takes tens of milliseconds for each."""
@@ -47,11 +48,13 @@ class TrialLine:
     seed: int
     trial_hash: str
     status: str
-    """finished, partial, failed, new or unreadable."""
+    """finished, pruned, partial, failed, new or unreadable."""
     detail: str
     """The status in words, with the reason of a failure."""
     metrics: Mapping[str, float]
     """Final metrics as measured (AP in 0..1), without NaN; empty unless finished."""
+    pruned: Pruned | None
+    """Where the sweep's screen stopped the arm."""
     curve: tuple[CurvePoint, ...]
     checkpoint: str | None
     seconds: float | None
@@ -74,19 +77,19 @@ def read_trials(sweep: Sweep, store: Store) -> tuple[TrialLine, ...]:
     """Return every trial of the sweep in its order; one that cannot be read is marked as such."""
 
     def read(trial: Trial) -> TrialLine:
-        return _read(trial, store.trial(trial.hash), sweep.metric.name)
+        return _read(sweep, trial, store)
 
     with ThreadPoolExecutor(READERS) as pool:
         return tuple(pool.map(read, sweep.trials))
 
 
-def _read(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
+def _read(sweep: Sweep, trial: Trial, store: Store) -> TrialLine:
     try:
-        return _line(trial, store, metric)
+        return _line(sweep, trial, store)
     except _UNREADABLE:
         pass  # a running sweep may have replaced what was just listed
     try:
-        return _line(trial, store, metric)
+        return _line(sweep, trial, store)
     except _UNREADABLE as error:
         return TrialLine(
             arm=trial.arm,
@@ -95,19 +98,22 @@ def _read(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
             status="unreadable",
             detail=f"unreadable: {one_line(str(error))}",
             metrics={},
+            pruned=None,
             curve=(),
             checkpoint=None,
             seconds=None,
             hardware=None,
             micro_batch=None,
             failures=(),
-            folder=store.uri,
+            folder=store.trial(trial.hash).uri,
             dumps=(),
             origin=None,
         )
 
 
-def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
+def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
+    metric, store = sweep.metric.name, everything.trial(trial.hash)
+    pruned = screened_out(sweep, everything, trial)
     result, state, failure = store.result(), None, None
     if result is None:
         # The result is looked for again after what it replaces: the trial may finish meanwhile.
@@ -116,6 +122,11 @@ def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
         status, detail = "finished", f"finished at step {result.step}"
         if not math.isfinite(result.metrics.get(metric, math.nan)):
             detail += f" without a finite {metric}"
+    elif pruned:
+        status = "pruned"
+        detail = (
+            str(pruned) if screens(sweep, trial) else f"not run: seed {sweep.seeds[0]} {pruned}"
+        )
     elif failure:
         status = "failed"
         reason = one_line(failure.message)
@@ -134,6 +145,7 @@ def _line(trial: Trial, store: TrialStore, metric: str) -> TrialLine:
         status=status,
         detail=detail,
         metrics=_finite(result.metrics) if result else {},
+        pruned=None if result else pruned,
         curve=tuple(
             CurvePoint(step=point.step, value=point.metrics[metric] * info.scale)
             for point in (known.evaluations if known else ())

@@ -10,7 +10,7 @@ import pytest
 
 from knet_platform.cli.main import main
 from knet_platform.planning import load_sweep
-from knet_platform.storage import Failure, Store, TrialResult
+from knet_platform.storage import Failure, Pruned, Store, TrialResult
 
 ROOT = Path(__file__).parents[3]
 ARGUMENTS = [
@@ -112,6 +112,30 @@ def test_a_partial_trial_shows_its_step_and_needs_the_rest(capsys, home, trials)
     rows = json.loads(capsys.readouterr().out)["trials"]
     left = {f"{row['arm']}/{row['seed']}": row["seconds"] for row in rows}
     assert left["3/1"] - left["3/0"] == pytest.approx(300.0)
+
+
+def test_a_pruned_arm_needs_nothing_more_under_its_screen(capsys, home, trials, tmp_path):
+    text = Path(ARGUMENTS[0]).read_text().replace("base: recipes", f"base: {ROOT}/sweeps/recipes")
+    path = tmp_path / "stages.yaml"
+    path.write_text(text + "scheduler: asha\n")
+    scale = f"{ROOT}/sweeps/scales/laptop.yaml"
+    arguments = [str(path), "--scale", scale, ARGUMENTS[3]]
+    for name in ("3/0", "3/1"):
+        finish(home, trials[name])
+    pruned = Pruned(sweep="stages", run="r", step=40, total=260)
+    Store(str(home / "storage")).trial(trials["1/0"]).write_pruned(pruned)
+    assert main(["plan", *arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["trials"]
+    states = {f"{row['arm']}/{row['seed']}": (row["state"], row["seconds"] > 0) for row in rows}
+    assert states["1/0"] == states["1/1"] == ("pruned", False)
+    assert states["2/0"] == ("new", True)
+    assert main(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "pruned at step 40 of 260" in shown
+    assert "2 finished, 2 pruned, 6 to run" in shown
+    assert "counted as if asha stopped nothing" in shown
+    assert main(["plan", *ARGUMENTS]) == 0
+    assert "2 finished, 8 to run" in capsys.readouterr().out
 
 
 def test_a_finished_sweep_points_to_its_report(capsys, home, trials):

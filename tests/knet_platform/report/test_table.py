@@ -10,7 +10,8 @@ from knet_platform.planning import Sweep
 from knet_platform.provenance import Provenance
 from knet_platform.report import build_report
 from knet_platform.report.page import html
-from knet_platform.storage import Store, TrialResult, TrialStore
+from knet_platform.storage import Pruned, Store, TrialResult, TrialStore
+from knet_platform.sweep_file import Asha
 
 Results = Callable[..., TrialResult]
 
@@ -87,6 +88,27 @@ def test_without_a_paper_the_companions_that_were_measured_are_shown(
 def test_an_arm_is_as_finished_as_its_seeds(sweep: Sweep, store: Store) -> None:
     report = build_report(sweep, store)
     assert [row.status for row in report.rows] == ["partial", "finished", "failed", "new"]
+
+
+def test_a_pruned_arm_is_said_to_be_and_has_no_values(
+    sweep: Sweep, store: Store, make_result: Results
+) -> None:
+    pruned = Pruned(sweep="stages", run="r", step=40, total=300)
+    first = next(trial for trial in sweep.trials if trial.name == "5/0")
+    store.trial(first.hash).write_pruned(pruned)
+    full = build_report(sweep, store).rows[3]
+    assert (full.status, full.fate) == ("new", "new")
+    report = build_report(dataclasses.replace(sweep, scheduler=Asha()), store)
+    row = report.rows[3]
+    assert (row.status, row.fate, row.cells[0].mean) == ("pruned", "pruned at step 40", None)
+    assert [line.detail for line in row.trials] == [
+        "pruned at step 40 of 300",
+        *["not run: seed 0 pruned at step 40 of 300"] * 2,
+    ]
+    assert "pruned at step 40" in html(report)
+    store.trial(first.hash).write_result(make_result(first.hash, 0.3))
+    row = build_report(dataclasses.replace(sweep, scheduler=Asha()), store).rows[3]
+    assert row.status == "partial"
 
 
 def test_a_score_that_is_no_number_is_left_out_and_named(
