@@ -7,6 +7,7 @@ seeds are not judged: a mean over those seeds that happened to pass would flatte
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 from knet_platform.pace import num_iterations
 from knet_platform.planning import Sweep, Trial
@@ -44,7 +45,10 @@ class Screen:
         assert sweep.scheduler is not None, "only a sweep with a scheduler is screened"
         self._sweep = sweep
         self._seen: dict[str, SimpleNamespace] = {}
-        self._asha = ASHAScheduler(
+        # Annotated for whole numbers and for Tune's own objects; it compares the ones and reads
+        # the id of the others.
+        asha: Any = ASHAScheduler
+        self._asha = asha(
             time_attr="share",
             metric="value",
             mode=sweep.metric.mode,
@@ -87,7 +91,6 @@ class Screen:
 
     def _is_below(self, trial_hash: str, share: float, value: float) -> bool:
         if trial_hash not in self._seen:
-            # All that ASHA wants of a Tune trial; one that continues keeps its place.
             self._seen[trial_hash] = SimpleNamespace(trial_id=trial_hash)
             self._asha.on_trial_add(None, self._seen[trial_hash])
         result = {"share": share, "value": value}
