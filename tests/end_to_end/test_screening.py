@@ -32,8 +32,7 @@ optim: {lr: 1e-3, warmup_iterations: 0}
 train: {iterations: 150, batch_size: 4, log_every: 10, eval_every: 10}
 eval: {batch_size: 4, fps_iterations: 2, probe_images: 0}
 """
-# One trial after another, the baseline first: what ASHA decides depends on the order. Each takes
-# the whole cluster: if the pruned one left its reservation behind, none could follow it.
+# One trial after another, the baseline first: what ASHA decides depends on the order.
 SWEEP = """\
 name: screened
 base: recipe.yaml
@@ -44,7 +43,7 @@ scheduler: {name: asha, grace: 0.2, reduction_factor: 2}
 arms:
   good: {}
   hopeless: {optim.lr: 1e-12}
-resources: {cpus_per_worker: 4, max_concurrent: 1}
+resources: {max_concurrent: 1}
 """
 
 
