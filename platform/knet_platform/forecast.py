@@ -113,7 +113,7 @@ def look_up(
                 state="pruned" if pruned else state,
                 done=done,
                 iterations=num_iterations(trial.recipe),
-                reason=str(pruned) if pruned else reason,
+                reason=f"pruned at step {pruned.step}" if pruned else reason,
                 estimate=None if over else pace.estimate(trial),
             )
         )

@@ -131,7 +131,7 @@ def test_a_pruned_arm_needs_nothing_more_under_its_screen(capsys, home, trials, 
     assert states["2/0"] == ("new", True)
     assert main(["plan", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert "pruned at step 40 of 260" in shown
+    assert shown.count("pruned at step 40") == 2
     assert "2 finished, 2 pruned, 6 to run" in shown
     assert "counted as if asha stopped nothing" in shown
     assert main(["plan", *ARGUMENTS]) == 0
