@@ -73,7 +73,8 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
             return
         attempt = begin(store, job.run_id)
         store.clear_failure()
-        ray.tune.report({"attempt": attempt})
+        # An evaluation that a driver died with comes now; what is known of it already is skipped.
+        ray.tune.report({"attempt": attempt, "points": _evaluations(store)})
         try:
             device, finished = train(job, store, attempt, policy.images_at_once)
             break
@@ -89,6 +90,12 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
     ray.tune.report({"outcome": "finished", "points": [final]})
+
+
+def _evaluations(store: TrialStore) -> list[dict[str, Any]]:
+    """Return what was measured up to the newest checkpoint."""
+    state = store.state()
+    return [asdict(point) for point in state.evaluations] if state else []
 
 
 def _report_stop(store: TrialStore, run_id: str) -> None:
