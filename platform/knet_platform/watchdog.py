@@ -49,7 +49,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while (left := self._deadline - time.monotonic()) > 0:
-            if self._over.wait(min(left, threading.TIMEOUT_MAX)):
+            # The first step's time may have shrunk to that of the others meanwhile.
+            if self._over.wait(min(left, self._seconds, threading.TIMEOUT_MAX)):
                 return
         try:
             self._keep(_stacks())

@@ -7,22 +7,22 @@ import textwrap
 from pathlib import Path
 
 
-def run(body: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+def run(body: str, tmp_path: Path, first_factor: float = 4) -> "subprocess.CompletedProcess[str]":
     """Run a watched block in a process of its own; stacks go to a file."""
     program = f"""
     import time
     from pathlib import Path
     from knet_platform import watchdog
 
-    watchdog._GRACE_SECONDS = 0.1
+    watchdog._GRACE_SECONDS, watchdog.FIRST_FACTOR = 0.1, {first_factor}
     def waits_for_ever():
-        time.sleep(60)
+        time.sleep(90)
     with watchdog.Watchdog({{seconds}}, Path({str(tmp_path / "stacks")!r}).write_bytes) as dog:
         {{body}}
     """
     seconds, _, body = body.partition(": ")
     program = textwrap.dedent(program).format(seconds=seconds, body=body)
-    return subprocess.run([sys.executable, "-c", program], timeout=120, check=False, text=True)
+    return subprocess.run([sys.executable, "-c", program], timeout=80, check=False, text=True)
 
 
 def test_a_process_without_a_beat_leaves_its_stacks_and_is_killed(tmp_path: Path) -> None:
@@ -30,6 +30,12 @@ def test_a_process_without_a_beat_leaves_its_stacks_and_is_killed(tmp_path: Path
     stacks = (tmp_path / "stacks").read_text()
     assert "in waits_for_ever" in stacks
     assert "in _watch" in stacks
+
+
+def test_the_patience_for_the_first_beat_ends_with_it(tmp_path: Path) -> None:
+    """Else a process that hangs in its second step would be waited for as long as for its first."""
+    done = run("0.2: time.sleep(0.1); dog.beat(); waits_for_ever()", tmp_path, first_factor=600)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_the_end_comes_even_if_the_stacks_cannot_be_kept(tmp_path: Path) -> None:
