@@ -20,6 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests with a Ray cluster to one process of pytest-xdist: they share the cluster."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real images with true annotations; never part of the project (licences)."""

@@ -45,7 +45,7 @@ name: faults
 base: recipe.yaml
 metric: {name: val/AP, mode: max}
 baseline: clean
-resources: {workers: 2, hang_minutes: 0.5}
+resources: {workers: 2, hang_minutes: 0.25}
 arms:
 """ + "".join(
     f"  {arm}: {{eval.score_threshold: 0.{number + 1}}}\n" for number, arm in enumerate(FAULTS)

@@ -12,19 +12,23 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "sweeps" / "panoptic_design.yaml"
-SCALE = str(ROOT / "tests" / "end_to_end" / "tiny.yaml")
+TINY = (ROOT / "tests" / "end_to_end" / "tiny.yaml").read_text()
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_arm_is_trained_and_judged_by_panoptic_quality(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path / "home"
+    home, scale = tmp_path / "home", tmp_path / "tiny.yaml"
+    # Two trials of one worker each: the other tests train on two, one trial after the other.
+    scale.write_text(
+        TINY.replace("workers: 2", "workers: 1").replace("max_concurrent: 1", "max_concurrent: 2")
+    )
     monkeypatch.setenv("KNET_HOME", str(home))
     for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["run", str(SWEEP), "--scale", SCALE]) == 0
-    for trial in load_sweep(SWEEP, scale=SCALE).trials:
+    assert main(["run", str(SWEEP), "--scale", str(scale)]) == 0
+    for trial in load_sweep(SWEEP, scale=str(scale)).trials:
         result = Store(str(home / "storage")).trial(trial.hash).result()
         assert result is not None
         assert 0 <= result.metrics["val/PQ"] <= 1

@@ -1,4 +1,4 @@
-"""The README's literal job on real heads with token authentication; its driver dies, then a head.
+"""The README's job on real heads with token authentication; its driver dies, then a head.
 
 Faults are ordered as in `test_faults`: what hangs in the middle of an epoch can be killed there.
 """
@@ -25,19 +25,19 @@ from knet_platform.storage import Store, TrialStore
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-SWEEP = "sweeps/stages.yaml"
 SCALE = "tests/end_to_end/tiny.yaml"
-# A threshold of panoptic maps changes nothing for instances but the trial's identity.
-UNDISTURBED = f"""\
+SWEEP = f"""\
 #!/usr/bin/env -S knet run
-name: undisturbed
+name: {{name}}
 base: {ROOT}/sweeps/recipes/knet_r50_instance_1x.yaml
-metric: {{name: val/AP, mode: max}}
-baseline: "2"
+metric: {{{{name: val/AP, mode: max}}}}
+baseline: {{baseline}}
 arms:
-  "1": {{model.stages: 1, eval.score_threshold: 0.31}}
-  "2": {{model.stages: 2, eval.score_threshold: 0.31}}
+  first: {{{{model.stages: 1, eval.score_threshold: {{threshold}}}}}}
 """
+"""A threshold of panoptic maps changes nothing for instances but the trial's identity."""
+KILLED = SWEEP.format(name="killed", baseline="before", threshold=0.3) + "  before: {}\n"
+UNDISTURBED = SWEEP.format(name="undisturbed", baseline="first", threshold=0.31)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Head:
     token: str
     env: dict[str, str]
 
-    def submit(self, log: Path, sweep: str = SWEEP) -> subprocess.Popen[bytes]:
-        command = ["ray", "job", "submit", "--working-dir", ".", "--", sweep, "--scale", SCALE]
+    def submit(self, log: Path, sweep: Path) -> subprocess.Popen[bytes]:
+        job = [str(sweep), "--scale", SCALE]
+        command = ["ray", "job", "submit", "--working-dir", ".", "--", *job]
         with log.open("w") as output:
             return subprocess.Popen(
                 command, cwd=ROOT, env=self.env, stdout=output, stderr=subprocess.STDOUT
@@ -102,13 +103,11 @@ def started_head(folder: Path) -> Iterator[Head]:
 
 
 @contextmanager
-def hung_in_the_third_epoch(head: Head, folder: Path, trial_hash: str) -> Iterator[int]:
+def hung_in_mid_epoch(head: Head, log: Path, sweep: Path, fault: Path, step: int) -> Iterator[int]:
     """Submit the sweep, and give its driver's process once the trial hangs; kill it in the end."""
-    fault = folder / "faults" / trial_hash / "hang"
-    fault.parent.mkdir(parents=True)
-    fault.write_text("8")  # after the checkpoint of step 6; an epoch has 4 steps
-    log = folder / f"{trial_hash}.log"
-    process = head.submit(log)
+    fault.parent.mkdir(parents=True, exist_ok=True)
+    fault.write_text(str(step))
+    process = head.submit(log, sweep)
     while fault.exists():
         assert process.poll() is None, log.read_text()
         sleep(0.1)
@@ -117,6 +116,14 @@ def hung_in_the_third_epoch(head: Head, folder: Path, trial_hash: str) -> Iterat
     os.kill(driver, signal.SIGKILL)
     process.kill()
     process.wait()
+
+
+def sweep_file(folder: Path, text: str) -> Path:
+    """Write a sweep that can be executed, as those of the project can."""
+    path = folder / f"{text.split('name: ')[1].split()[0]}.yaml"
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 def learnt(store: TrialStore) -> dict[str, float]:
@@ -128,56 +135,50 @@ def learnt(store: TrialStore) -> dict[str, float]:
 
 
 def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    sweep = load_sweep(ROOT / SWEEP, scale=str(ROOT / SCALE))
+    home, log = tmp_path / "home", tmp_path / "job.log"
+    killed, undisturbed = (sweep_file(tmp_path, text) for text in (KILLED, UNDISTURBED))
+    sweep = load_sweep(killed, scale=str(ROOT / SCALE))
     store = Store(str(home / "storage"))
-    trials = {trial.name: trial for trial in sweep.trials}
-    folders = {name: store.trial(trial.hash) for name, trial in trials.items()}
+    hashes = {trial.arm: trial.hash for trial in sweep.trials}
+    before, first = (store.trial(hashes[arm]) for arm in ("before", "first"))
+    fault = tmp_path / "faults" / hashes["first"] / "hang"
 
-    # The baseline, 3/0, comes first, then the other arms in their order.
+    # The baseline comes first. An epoch has 4 steps, and the checkpoint is that of step 6.
     with ExitStack() as job, started_head(tmp_path) as head:
-        with hung_in_the_third_epoch(head, tmp_path, trials["1/0"].hash):
-            first = folders["3/0"].result()
-            assert first is not None
-            assert folders["1/0"].status() == "partial"
+        with hung_in_mid_epoch(head, log, killed, fault, 7):
+            finished = before.result()
+            assert finished is not None
+            assert first.status() == "partial"
         # A job has a session of its own and outlives its head; a machine would take it along.
-        job.enter_context(hung_in_the_third_epoch(head, tmp_path, trials["2/0"].hash))
-        second = folders["1/0"].result()
-        assert second is not None
-    assert folders["2/0"].status() == "partial"
+        job.enter_context(hung_in_mid_epoch(head, log, killed, fault, 9))
+    assert first.status() == "partial"
 
-    (tmp_path / "undisturbed.yaml").write_text(UNDISTURBED)
-    (tmp_path / "undisturbed.yaml").chmod(0o755)
     with started_head(tmp_path) as head:
-        log = tmp_path / "last.log"
-        assert head.submit(log).wait() == 0, log.read_text()
+        assert head.submit(log, killed).wait() == 0, log.read_text()
         output = log.read_text()
-        assert head.submit(log, str(tmp_path / "undisturbed.yaml")).wait() == 0, log.read_text()
+        assert head.submit(log, undisturbed).wait() == 0, log.read_text()
     assert "(baseline)" in output
     assert "knet ui" in output
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiment = client.get_experiment_by_name("stages")
+    experiment = client.get_experiment_by_name("killed")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    assert sorted(str(run.info.run_name) for run in runs) == [*sorted(trials), "stages"]
+    assert sorted(str(run.info.run_name) for run in runs) == ["before/0", "first/0", "killed"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     by_hash = {run.data.tags["trial_hash"]: run for run in runs if "trial_hash" in run.data.tags}
-    for trial in sweep.trials:
-        history = client.get_metric_history(by_hash[trial.hash].info.run_id, "train/loss")
+    for arm, trial_hash in hashes.items():
+        history = client.get_metric_history(by_hash[trial_hash].info.run_id, "train/loss")
         steps = [point.step for point in history]
         # What a killed process was told and had not passed on dies with it; nothing comes twice.
-        lost = set(range(1, 7)) if trial.name in ("1/0", "2/0") else set()
+        lost = set(range(1, 7)) if arm == "first" else set()
         assert len(steps) == len(set(steps))
         assert set(range(1, 13)) - lost <= set(steps) <= set(range(1, 13))
-        evaluated = client.get_metric_history(by_hash[trial.hash].info.run_id, "val/AP")
+        evaluated = client.get_metric_history(by_hash[trial_hash].info.run_id, "val/AP")
         assert [point.step for point in evaluated] == [6, 12]
 
     # What was finished is not run again, and what was killed ends as if it had not been.
-    assert folders["3/0"].result() == first
-    assert folders["1/0"].result() == second
-    assert "3/0  starting" not in output
-    assert "1/0  starting" not in output
-    undisturbed = load_sweep(tmp_path / "undisturbed.yaml", scale=str(ROOT / SCALE))
-    for trial in undisturbed.trials:
-        assert learnt(folders[trial.name]) == learnt(store.trial(trial.hash))
+    assert before.result() == finished
+    assert "before/0  starting" not in output
+    (trial,) = load_sweep(undisturbed, scale=str(ROOT / SCALE)).trials
+    assert learnt(first) == learnt(store.trial(trial.hash))

@@ -33,7 +33,7 @@ def test_a_process_without_a_beat_leaves_its_stacks_and_is_killed(tmp_path: Path
 
 
 def test_the_patience_for_the_first_beat_ends_with_it(tmp_path: Path) -> None:
-    """Else a process that hangs in its second step would be waited for as long as for its first."""
+    """Else a hang in the second step would be waited for as long as one in the first."""
     done = run("0.2: time.sleep(0.1); dog.beat(); waits_for_ever()", tmp_path, first_factor=600)
     assert done.returncode == -signal.SIGKILL
 
