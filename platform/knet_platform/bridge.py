@@ -63,6 +63,16 @@ class Bridge(ray.tune.Callback):
         """Trials by the words in which their configuration was refused."""
         self._values: dict[str, dict[str, float]] = {trial.hash: {} for trial in todo}
 
+    def add(self, trial: Trial) -> None:
+        """Expect one more trial, which a search suggested."""
+        self._trials[trial.hash] = trial
+        self._values[trial.hash] = {}
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the budget lets further trials start."""
+        return self._allowed is None
+
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune saves its callbacks for a restoration that never happens."""
         return {}

@@ -41,17 +41,19 @@ class Governor:
         Args:
             limit: Seconds that the trials may train, added up.
             spent: Seconds already trained, by trial hash.
-            priority: Hashes of trials, the one to be stopped last first.
+            priority: Hashes of trials, the one to be stopped last first; others follow as they
+                start.
         """
         self._limit = limit
         self._spent = sum(spent.values())
-        self._priority = priority
+        self._priority = dict.fromkeys(priority)
         self._running: dict[str, _Running] = {}
         self._allowed: frozenset[str] | None = None
 
     def begin(self, trial_hash: str, now: float) -> None:
         """A trial started, or started again; `now` in seconds of any monotonic clock."""
         self.end(trial_hash, now)
+        self._priority.setdefault(trial_hash)
         self._running[trial_hash] = _Running(now)
 
     def advance(self, trial_hash: str, step: int, total: int, now: float) -> None:

@@ -4,10 +4,12 @@ Looks trials up in the store; writes nothing and needs no cluster.
 """
 
 import heapq
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from knet_core import Recipe
 from knet_platform.errors import BudgetError
 from knet_platform.pace import (
     MEMORY_MODEL_BAND,
@@ -75,6 +77,8 @@ class Forecast:
     """Trials at once that `wall_hours` counts with."""
     source: str
     """Where the time comes from: history, probe, model, or several of them."""
+    uncounted: int
+    """Trials of unknown length, which none of these figures holds."""
     peak_memory_gb: Band
     """Of the worker that needs most."""
     memory_source: Source
@@ -100,8 +104,7 @@ def look_up(
     """
     found = {trial.hash: _state(store.trial(trial.hash)) for trial in sweep.distinct_trials}
     history = {trial_hash: done for trial_hash, (_, done, _) in found.items() if done is not None}
-    seconds = {arm: probe.seconds_per_step for arm, probe in (probes or {}).items()}
-    pace = Pace(sweep.trials, sweep.resources, history, probes=seconds, gpu=gpu)
+    pace = _pace(sweep, history, gpu, probes)
     rows = []
     for trial in sweep.trials:
         state, done, reason = found[trial.hash]
@@ -139,13 +142,16 @@ def make_forecast(
         probes: Measurements by arm.
     """
     distinct = {row.trial.hash: row for row in rows}.values()
-    estimates = [row.estimate for row in distinct if row.estimate is not None]
+    needed = [row.estimate for row in distinct if row.estimate is not None]
+    needed += _to_come(sweep, rows, price.gpu, probes)
+    estimates = [item for item in needed if item.source != "unknown"]
     seconds = _total(estimates, sum)
     spent = sum(row.done.seconds for row in distinct if row.done is not None)
     gpus = sweep.resources.workers * sweep.resources.gpus_per_worker
     concurrent = _concurrent(sweep, price, instances)
     measured = [probe.peak_memory_gb for probe in (probes or {}).values()]
-    memory = max(measured or [peak_memory_gb(row.trial.recipe, sweep.resources) for row in rows])
+    recipes = [*(row.trial.recipe for row in rows), *_ends_to_come(sweep)]
+    memory = max(measured or [peak_memory_gb(recipe, sweep.resources) for recipe in recipes])
     spread = 1.1 if measured else MEMORY_MODEL_BAND
     return Forecast(
         seconds=seconds,
@@ -153,13 +159,56 @@ def make_forecast(
         usd=seconds.times(price.usd_per_hour / 3600),
         wall_hours=_total(estimates, lambda times: _makespan(times, concurrent)).times(1 / 3600),
         concurrent=concurrent,
-        source=" + ".join(sorted({item.source for item in estimates})) or "history",
+        source=" + ".join(sorted({item.source for item in needed})) or "history",
+        uncounted=len(needed) - len(estimates),
         peak_memory_gb=Band(memory / spread, memory, memory * spread),
         memory_source="probe" if measured else "model",
         spent_gpu_hours=spent * gpus / 3600,
         spent_usd=spent * price.usd_per_hour / 3600,
         price=price,
     )
+
+
+def _ends_to_come(sweep: Sweep) -> list[Recipe]:
+    search = sweep.search
+    return list(search.ends.values()) if search and search.to_come else []
+
+
+def _to_come(
+    sweep: Sweep, rows: Sequence[PlannedTrial], gpu: str, probes: Mapping[str, Probe] | None
+) -> list[Estimate]:
+    """Return what the suggestions of a search that are not known yet will need.
+
+    Each counts as the mean of the ends of the space, in a band that holds them all.
+    """
+    if sweep.search is None or not sweep.search.to_come:
+        return []
+    pace = _pace(sweep, {row.trial.hash: row.done for row in rows if row.done}, gpu, probes)
+    ends = [
+        pace.estimate(
+            Trial(
+                sweep=sweep.name,
+                arm=name,
+                seed=sweep.seeds[0],
+                overrides={},
+                recipe=recipe,
+                hash="",  # it is no trial
+            )
+        )
+        for name, recipe in sweep.search.ends.items()
+    ]
+    mean = statistics.fmean(item.seconds for item in ends)
+    worst = max(ends, key=lambda item: item.band)
+    spread = max(max(item.seconds / mean, mean / item.seconds) for item in ends) if mean else 1.0
+    each = Estimate(seconds=mean, band=worst.band * spread, source=worst.source)
+    return [each] * (sweep.search.to_come * len(sweep.seeds))
+
+
+def _pace(
+    sweep: Sweep, history: Mapping[str, Done], gpu: str, probes: Mapping[str, Probe] | None
+) -> Pace:
+    seconds = {arm: probe.seconds_per_step for arm, probe in (probes or {}).items()}
+    return Pace(sweep.trials, sweep.resources, history, probes=seconds, gpu=gpu)
 
 
 def require_budget(sweep: Sweep, forecast: Forecast) -> None:

@@ -37,10 +37,11 @@ def trial_hash(recipe: Recipe, fingerprint: str, code: str | None = None) -> str
     Raises:
         ConfigError: Values that are not the same thing on every machine, all of them.
     """
-    return _digest(identity(recipe), fingerprint, code_digest() if code is None else code)
+    return digest(identity(recipe), fingerprint, code_digest() if code is None else code)
 
 
-def _digest(*content: Any) -> str:
+def digest(*content: Any) -> str:
+    """Return 16 hex digits of plain values."""
     return hashlib.sha256(_canonical(content).encode()).hexdigest()[:16]
 
 

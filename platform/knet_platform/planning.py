@@ -8,7 +8,7 @@ writes nothing.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from knet_platform.config import (
     suggestion,
 )
 from knet_platform.errors import PlatformError
-from knet_platform.identity import same_run, trial_hash
+from knet_platform.identity import digest, same_run, trial_hash
+from knet_platform.search import Search, SearchSpec, arm_name, ends
 from knet_platform.sweep_file import (
     SCALE_KEYS,
     Arm,
@@ -37,7 +38,6 @@ from knet_platform.sweep_file import (
     Paper,
     Resources,
     SweepReader,
-    shown,
 )
 
 
@@ -77,6 +77,8 @@ class Sweep:
     budget: Budget
     scheduler: Asha | None = None
     """Screens the arms with the first seed; None: all run in full."""
+    search: Search | None = None
+    """Adds arms, judged by the first seed."""
     trials: tuple[Trial, ...]
     """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
     notes: tuple[str, ...] = ()
@@ -100,6 +102,12 @@ class Sweep:
         arms = {arm: (arm != self.baseline, index) for index, arm in enumerate(self.arms)}
         seeds = {seed: index for index, seed in enumerate(self.seeds)}
         return tuple(sorted(self.distinct_trials, key=lambda t: (seeds[t.seed], arms[t.arm])))
+
+    @property
+    def num_trials(self) -> int:
+        """Return how many trials are trained in all, counting those that are not known yet."""
+        to_come = self.search.to_come if self.search else 0
+        return len(self.distinct_trials) + to_come * len(self.seeds)
 
 
 class LargeSweepError(PlatformError):
@@ -157,7 +165,7 @@ def load_sweep(
     baseline = reader.baseline(arms)
     metric = reader.metric()
     paper = reader.paper(arms)
-    reader.unimplemented()
+    spec = reader.search()
     resources = reader.resources("resources", values.get("resources"), Resources())
     budget = reader.budget()
     scheduler = reader.scheduler()
@@ -172,39 +180,38 @@ def load_sweep(
             problems.append(f"{COMMAND_LINE}: --seeds: expected at least 1, got {seeds}")
         chosen = tuple(range(seeds))
 
-    layers = _layers(path, arms, scale_path, scale_values, overrides, problems)
+    base = values["base"] if spec and isinstance(values.get("base"), str) else None
+    bases = [*(arm.base for arm in arms.values()), base]
+    layers = _read_layers(path, bases, scale_path, scale_values, overrides, problems)
+    stacks = _stacks(path, arms, layers, scale_path, problems)
+    search = None
+    if spec is not None:
+        search = Search(spec=spec, path=path, below=layers.below(base), above=layers.last)
+        problems.extend(search.key_problems())
     if problems:
         raise ConfigError(problems)
     recipes: dict[str, Recipe] = {}
     sections: dict[str, Any] = {}
-    for arm, stack in layers.items():
+    for arm, stack in stacks.items():
         with collecting(problems):
             recipes[arm] = resolve(stack, built=sections)
+    if search is not None:
+        search = _with_ends(search, sections, problems)
     notes: list[str] = []
     if not problems:
         notes = _merge_notes(path, recipes, baseline, problems) + _scale_notes(arms)
-        problems.extend(_worker_problems(recipes, resources, path))
+        for arm, recipe in recipes.items():
+            problems.extend(worker_problems(f"{path}: arms.{arm}", recipe, resources))
+        for end, recipe in search.ends.items() if search else ():
+            problems.extend(worker_problems(f"{path}: search.space: {end}", recipe, resources))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
     if scheduler is not None:
         notes.append(_screen_note(scheduler, chosen[0]))
-    fingerprints: dict[DataConfig, str] = {}
-    trials = []
-    for seed, (arm, recipe) in itertools.product(chosen, recipes.items()):
-        if recipe.data not in fingerprints:
-            fingerprints[recipe.data] = data_fingerprint(recipe.data)
-        seeded = dataclasses.replace(recipe, seed=seed)
-        trials.append(
-            Trial(
-                sweep=name,
-                arm=arm,
-                seed=seed,
-                overrides=arms[arm].stated | arms[arm].at_scale,
-                recipe=seeded,
-                hash=trial_hash(seeded, fingerprints[recipe.data]),
-            )
-        )
+    if search is not None:
+        notes.append(_search_note(search.spec, chosen[0]))
+        search = _with_id(search, metric, chosen[0])
     sweep = Sweep(
         name=name,
         path=path,
@@ -217,7 +224,10 @@ def load_sweep(
         resources=resources,
         budget=budget,
         scheduler=scheduler,
-        trials=tuple(trials),
+        search=search,
+        trials=make_trials(
+            name, recipes, {arm: said.stated | said.at_scale for arm, said in arms.items()}, chosen
+        ),
         notes=tuple(notes),
     )
     if most_trials is not None and count > most_trials:
@@ -225,19 +235,60 @@ def load_sweep(
     return sweep
 
 
+def make_trials(
+    sweep: str,
+    recipes: Mapping[str, Recipe],
+    settings: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+) -> tuple[Trial, ...]:
+    """Return every arm with every seed, seed by seed.
+
+    Args:
+        sweep: Its name.
+        recipes: By arm, resolved.
+        settings: By arm, what it sets.
+        seeds: Of each arm.
+
+    Raises:
+        DataError: A data set is not there.
+    """
+    fingerprints: dict[DataConfig, str] = {}
+    trials = []
+    for seed, (arm, recipe) in itertools.product(seeds, recipes.items()):
+        if recipe.data not in fingerprints:
+            fingerprints[recipe.data] = data_fingerprint(recipe.data)
+        seeded = dataclasses.replace(recipe, seed=seed)
+        trials.append(
+            Trial(
+                sweep=sweep,
+                arm=arm,
+                seed=seed,
+                overrides=dict(settings[arm]),
+                recipe=seeded,
+                hash=trial_hash(seeded, fingerprints[recipe.data]),
+            )
+        )
+    return tuple(trials)
+
+
 def _num_arms(values: Mapping[str, Any]) -> int:
     arms, grid = values.get("arms") or {}, values.get("grid") or {}
     axes = [axis for axis in grid.values() if isinstance(axis, list)]
-    return len(arms) + (math.prod(map(len, axes)) if axes else 0)
+    search = values.get("search")
+    trials = search.get("trials") if isinstance(search, dict) else 0
+    suggested = trials if isinstance(trials, int) else 0
+    return len(arms) + (math.prod(map(len, axes)) if axes else 0) + suggested
 
 
 def _sample(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sweep of the same kind with one arm of each listed one and of the grid."""
     cut = {key: axis[:1] for key, axis in (values.get("grid") or {}).items()}
-    arm = ",".join(f"{key}={shown(value)}" for key, (value,) in cut.items())
+    arm = arm_name({key: value for key, (value,) in cut.items()})
     arms = dict(itertools.islice((values.get("arms") or {}).items(), 1))
     changes: dict[str, Any] = {"arms": arms, "grid": cut, "baseline": arm or next(iter(arms))}
-    kept = {key: value for key, value in values.items() if key not in ("paper", "scales")}
+    kept = {
+        key: value for key, value in values.items() if key not in ("paper", "scales", "search")
+    }
     return kept | {key: value for key, value in changes.items() if value}
 
 
@@ -262,17 +313,28 @@ def _find_scale(sweep: Path, scale: str) -> Path:
     return folder / f"{scale}.yaml"
 
 
-def _layers(
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What stands below and above the arms."""
+
+    recipes: Mapping[str | None, tuple[Layer, ...]]
+    scaled: tuple[Layer, ...]
+    last: tuple[Layer, ...]
+
+    def below(self, base: str | None) -> tuple[Layer, ...]:
+        return (*self.recipes.get(base, ()), *self.scaled)
+
+
+def _read_layers(
     path: Path,
-    arms: Mapping[str, Arm],
+    bases: Iterable[str | None],
     scale_path: Path | None,
     scale_values: Mapping[str, Any],
     overrides: Sequence[str],
     problems: list[str],
-) -> dict[str, tuple[Layer, ...]]:
-    """Return each arm's layers: recipe < scale < arm < arm at that scale < command line."""
+) -> _Layers:
     recipes: dict[str | None, tuple[Layer, ...]] = {None: ()}
-    for base in dict.fromkeys(arm.base for arm in arms.values() if arm.base):
+    for base in dict.fromkeys(filter(None, bases)):
         with collecting(problems):
             recipes[base] = file_layers(path.parent / base)
     scaled: tuple[Layer, ...] = ()
@@ -282,8 +344,19 @@ def _layers(
     last: tuple[Layer, ...] = ()
     with collecting(problems):
         last = override_layers(overrides)
+    return _Layers(recipes, scaled, last)
+
+
+def _stacks(
+    path: Path,
+    arms: Mapping[str, Arm],
+    layers: _Layers,
+    scale_path: Path | None,
+    problems: list[str],
+) -> dict[str, tuple[Layer, ...]]:
+    """Return each arm's layers: recipe < scale < arm < arm at that scale < command line."""
     stacks: dict[str, tuple[Layer, ...]] = {}
-    settings = list(last)
+    settings = list(layers.last)
     for name, arm in arms.items():
         with collecting(problems):
             own = mapping_layers(f"{path}: arms.{name}", arm.settings, folder=path.parent)
@@ -291,14 +364,31 @@ def _layers(
                 source = f"{path}: scales.{scale_path.stem}.{name}"
                 own += mapping_layers(source, arm.at_scale, folder=path.parent)
             settings.extend(own)
-            stacks[name] = (*recipes.get(arm.base, ()), *scaled, *own, *last)
-    for layer in settings:
-        if "seed" in layer.values:
-            problems.append(
-                f"{layer.source}: seed: a sweep runs every arm with its seeds; "
-                f"set seeds: in the sweep or --seeds N"
-            )
+            stacks[name] = (*layers.below(arm.base), *own, *layers.last)
+    problems.extend(
+        f"{layer.source}: seed: a sweep runs every arm with its seeds; "
+        f"set seeds: in the sweep or --seeds N"
+        for layer in settings
+        if "seed" in layer.values
+    )
     return stacks
+
+
+def _with_ends(search: Search, built: dict[str, Any], problems: list[str]) -> Search:
+    found: dict[str, Recipe] = {}
+    for settings in ends(search.spec.space):
+        with collecting(problems):
+            found[arm_name(settings)] = search.resolve(settings, built=built)
+    return dataclasses.replace(search, ends=found)
+
+
+def _with_id(search: Search, metric: Metric, seed: int) -> Search:
+    """Return the search under its id, which holds on every machine as a trial's hash does."""
+    recipe = dataclasses.replace(resolve((*search.below, *search.above)), seed=seed)
+    space = {key: [item.kind, *item.values] for key, item in search.spec.space.items()}
+    base = trial_hash(recipe, data_fingerprint(recipe.data))
+    judged = [metric.name, metric.mode]
+    return dataclasses.replace(search, id=digest(base, space, search.spec.seed, judged))
 
 
 def _scale_notes(arms: Mapping[str, Arm]) -> list[str]:
@@ -335,28 +425,31 @@ def _screen_note(scheduler: Asha, seed: int) -> str:
     )
 
 
-def _worker_problems(recipes: Mapping[str, Recipe], resources: Resources, path: Path) -> list[str]:
+def _search_note(spec: SearchSpec, seed: int) -> str:
+    return (
+        f"optuna searches {', '.join(spec.space)} by the results of seed {seed}; the best of many "
+        f"tries owes some of it to chance: confirm it with other seeds"
+    )
+
+
+def worker_problems(where: str, recipe: Recipe, resources: Resources) -> list[str]:
+    """Return what keeps a recipe from being trained by so many workers."""
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     problems = []
-    for arm, recipe in recipes.items():
-        batch, micro = recipe.train.batch_size, recipe.train.micro_batch
-        if batch % resources.workers:
-            problems.append(
-                f"{path}: arms.{arm}: train.batch_size: {batch} images cannot be shared equally "
-                f"by resources.workers = {resources.workers}"
-            )
-        elif micro and (batch // resources.workers) % micro:
-            problems.append(
-                f"{path}: arms.{arm}: train.micro_batch: {micro} does not divide the "
-                f"{batch // resources.workers} images of each worker"
-            )
-        if (
-            recipe.train.sync_batch_norm
-            and resources.workers > 1
-            and not resources.gpus_per_worker
-        ):
-            problems.append(
-                f"{path}: arms.{arm}: train.sync_batch_norm: got true for resources.workers = "
-                f"{resources.workers} without GPUs, expected resources.gpus_per_worker > 0 or one "
-                f"worker; set train.sync_batch_norm=false"
-            )
+    if batch % resources.workers:
+        problems.append(
+            f"{where}: train.batch_size: {batch} images cannot be shared equally "
+            f"by resources.workers = {resources.workers}"
+        )
+    elif micro and (batch // resources.workers) % micro:
+        problems.append(
+            f"{where}: train.micro_batch: {micro} does not divide the "
+            f"{batch // resources.workers} images of each worker"
+        )
+    if recipe.train.sync_batch_norm and resources.workers > 1 and not resources.gpus_per_worker:
+        problems.append(
+            f"{where}: train.sync_batch_norm: got true for resources.workers = "
+            f"{resources.workers} without GPUs, expected resources.gpus_per_worker > 0 or one "
+            f"worker; set train.sync_batch_norm=false"
+        )
     return problems

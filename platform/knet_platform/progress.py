@@ -85,9 +85,7 @@ class PlainProgress:
     def end(self, trial: Trial, outcome: str) -> None:
         """Print how it ended."""
         self._done += 1
-        self.note(
-            f"{trial.name}  {outcome}  ({self._done}/{len(self._sweep.distinct_trials)} trials)"
-        )
+        self.note(f"{trial.name}  {outcome}  ({self._done}/{self._sweep.num_trials} trials)")
 
     def note(self, text: str) -> None:
         """Print a line."""

@@ -3,7 +3,8 @@
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
 pruned.json, failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run
 folder.
-`<uri>/runs/<id>/` says which trials of a run may go on (`attempts`).
+`<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
+search has suggested (`suggestions`).
 A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
 nature.
 """
@@ -167,6 +168,10 @@ class Store:
     def run(self, run_id: str) -> "TrialStore":
         """Return the part that one run of a sweep and its trials talk through."""
         return self._folder(f"runs/{run_id}")
+
+    def search(self, search_id: str) -> "TrialStore":
+        """Return the part that keeps what a search has suggested."""
+        return self._folder(f"searches/{search_id}")
 
     def _folder(self, relative: str) -> "TrialStore":
         return TrialStore(

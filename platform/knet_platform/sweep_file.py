@@ -14,6 +14,16 @@ from typing import Any, Literal, cast
 
 from knet_platform.config import suggestion
 from knet_platform.metrics import METRICS, find_metric
+from knet_platform.search import (
+    SPEC_KEYS,
+    Dimension,
+    SearchSpec,
+    arm_name,
+    dimension_problem,
+    ends,
+    read_dimension,
+    shown,
+)
 
 # Names become MLflow runs and folders of the report.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
@@ -29,9 +39,9 @@ KEYS = (
     "paper",
     "resources",
     "scheduler",
+    "search",
     "budget",
 )
-_LATER = ("search",)
 SCALE_KEYS = ("recipe", "seeds", "resources")
 
 
@@ -123,14 +133,7 @@ class SweepReader:
         self._path = path
         self._values = values
         self.problems = [] if problems is None else problems
-        later = _LATER if known is KEYS else ()
-        self._unknown(values, (*known, *later), "")
-
-    def unimplemented(self) -> None:
-        """Refuse what the format reserves and this version does not do yet."""
-        for key in _LATER:
-            if key in self._values:
-                self._wrong(key, "is part of the format but not implemented yet; remove it")
+        self._unknown(values, known, "")
 
     def name(self) -> str:
         """Return the sweep's name."""
@@ -219,7 +222,7 @@ class SweepReader:
             self._wrong(f"grid.{key}", f"expected a list of values, got {grid[key]!r}")
         for combination in itertools.product(*axes.values()) if axes else ():
             settings = dict(zip(axes, combination, strict=True))
-            name = ",".join(f"{key}={shown(value)}" for key, value in settings.items())
+            name = arm_name(settings)
             if name in arms:
                 self._wrong("grid", f"gives arm '{name}' twice")
             arms[name] = settings
@@ -306,7 +309,11 @@ class SweepReader:
         values = given if isinstance(given, dict) else {"name": given}
         name = values.get("name")
         if name == "pbt":
-            self._wrong("scheduler", "pbt is not implemented; use fifo or asha")
+            self._wrong(
+                "scheduler",
+                "pbt changes a run's recipe under way, so it has none that could be hashed or "
+                "repeated; expected fifo or asha, with search: over what a schedule depends on",
+            )
         elif name not in ("fifo", "asha"):
             self._wrong("scheduler", f"expected fifo or asha, got {name!r}")
         if name != "asha":
@@ -323,6 +330,42 @@ class SweepReader:
             self._wrong("scheduler.reduction_factor", f"expected a number > 1, got {factor!r}")
             del good["reduction_factor"]
         return Asha(**good)
+
+    def search(self) -> SearchSpec | None:
+        """Return the open-ended search; None without one."""
+        if self._values.get("search") is None:
+            return None
+        values = self._mapping("search", required=True)
+        self._unknown(values, SPEC_KEYS, "search.")
+        if values.get("name") != "optuna":
+            self._wrong("search.name", f"expected optuna, got {values.get('name')!r}")
+        trials, seed = values.get("trials"), values.get("seed", 0)
+        for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
+            if type(value) is not int or value < least:
+                self._wrong(f"search.{key}", f"expected an integer >= {least}, got {value!r}")
+        return SearchSpec(
+            trials=cast(int, trials), seed=cast(int, seed), space=self._space(values.get("space"))
+        )
+
+    def _space(self, stated: Any) -> dict[str, Dimension]:
+        if not isinstance(stated, dict) or not stated:
+            self._wrong(
+                "search.space", f"expected {{key: {{uniform: [low, high]}}}}, got {stated!r}"
+            )
+            return {}
+        space: dict[str, Dimension] = {}
+        for key, values in stated.items():
+            if problem := dimension_problem(values):
+                self._wrong(f"search.space.{key}", problem)
+            else:
+                space[key] = read_dimension(values)
+        before = len(self.problems)
+        for settings in ends(space):
+            self._check_name("search.space", arm_name(settings))
+        if len(self.problems) == before:
+            longest = {key: dimension.longest for key, dimension in space.items()}
+            self._check_name("search.space", arm_name(longest))
+        return space
 
     def _wrong(self, key: str, problem: str) -> None:
         self.problems.append(f"{self._path}: {key}: {problem}")
@@ -372,8 +415,3 @@ def _resource_problem(name: str, value: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shown(value: Any) -> str:
-    """Return a value as it stands in an arm's name."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

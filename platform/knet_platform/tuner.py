@@ -52,6 +52,8 @@ class SweepOutcome:
     """Trials that the budget was not enough for; they can go on."""
     pruned: tuple[Trial, ...]
     """Trials of arms that the screen stopped."""
+    unsuggested: int
+    """Suggestions of a search that the budget was not enough for."""
     report: Report
     files: Mapping[str, Path]
     """The report's files, as `write_report` names them."""
@@ -95,7 +97,7 @@ def run_sweep(
     with sweep_lock(sweep.name, home):
         tracker.start_sweep(sweep)
         try:
-            bridge = _run_unfinished(
+            sweep, bridge = _run_unfinished(
                 sweep, store, tracker, progress, price, trainable, only_failed=only_failed
             )
             report = build_report(sweep, store, scale=scale)
@@ -107,13 +109,15 @@ def run_sweep(
             tracker.finish_sweep("FAILED")
             raise
         failed, left, pruned = bridge.failed, bridge.left, bridge.pruned
-        status: Status = "FAILED" if failed else "KILLED" if left else "FINISHED"
+        unsuggested = sweep.search.to_come if sweep.search else 0
+        status: Status = "FAILED" if failed else "KILLED" if left or unsuggested else "FINISHED"
         tracker.finish_sweep(status, list(files.values()))
     return SweepOutcome(
         finished=tuple(t for t in sweep.trials if t.hash not in failed.keys() | left | pruned),
         failed=tuple((t, failed[t.hash]) for t in sweep.trials if t.hash in failed),
         paused=tuple(t for t in sweep.trials if t.hash in bridge.paused),
         pruned=tuple(t for t in sweep.trials if t.hash in pruned),
+        unsuggested=unsuggested,
         report=report,
         files=files,
     )
@@ -128,9 +132,9 @@ def _run_unfinished(
     trainable: Callable[[dict[str, Any]], None],
     *,
     only_failed: bool,
-) -> Bridge:
-    """Return what heard of every trial."""
-    states = {trial.hash: store.trial(trial.hash).status() for trial in sweep.distinct_trials}
+) -> tuple[Sweep, Bridge]:
+    """Return the sweep, with what its search has added, and what heard of every trial."""
+    states = _states(sweep, store)
     pruned = _pruned(sweep, store)
     done = {trial_hash for trial_hash, state in states.items() if state == "finished"}
     unfinished = [t for t in sweep.by_priority if t.hash not in done | pruned.keys()]
@@ -140,23 +144,35 @@ def _run_unfinished(
     screen = Screen(sweep) if sweep.scheduler else None
     bridge = Bridge(sweep, todo, store, tracker, progress, governor, screen)
     bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
-    if todo:
+    if todo or (sweep.search and sweep.search.to_come):
         with _interruptible(sweep, bridge) as listen, connected():
             listen()  # again: Ray has put its own handler in place
+            tune = _Tune(sweep, store, bridge, price, trainable)
             if screen:
                 screen.recall(store)
-                first = [trial for trial in todo if screens(sweep, trial)]
-                _run_trials(sweep, first, store, bridge, price, trainable)
-                pruned = _pruned(sweep, store)
-            rest = [t for t in todo if not screens(sweep, t) and t.hash not in pruned]
-            _run_trials(sweep, rest, store, bridge, price, trainable)
+            if sweep.search:
+                sweep = tune.search(todo, lambda trial: _bring(trial, store, tracker))
+                added = {h: state for h, state in _states(sweep, store).items() if h not in states}
+                todo += [
+                    t for t in sweep.by_priority if added.get(t.hash, "finished") != "finished"
+                ]
+            elif screen:
+                tune.run([trial for trial in todo if screens(sweep, trial)])
+            pruned = _pruned(sweep, store)
+            judged = bool(screen or sweep.search)
+            rest = [t for t in todo if not (judged and t.seed == sweep.seeds[0])]
+            tune.run([t for t in rest if t.hash not in pruned])
     bridge.pruned = set(pruned)
     for trial in todo:
         known = trial.hash in bridge.failed.keys() | bridge.paused | bridge.pruned
         if not known and store.trial(trial.hash).status() != "finished":
             bridge.failed[trial.hash] = "ended without a result; run the same command again"
     bridge.left |= bridge.paused
-    return bridge
+    return sweep, bridge
+
+
+def _states(sweep: Sweep, store: Store) -> dict[str, str]:
+    return {trial.hash: store.trial(trial.hash).status() for trial in sweep.distinct_trials}
 
 
 def _pruned(sweep: Sweep, store: Store) -> dict[str, Pruned]:
@@ -178,32 +194,69 @@ def _governor(sweep: Sweep, store: Store, price: Price | None) -> Governor | Non
     return Governor(limit, spent=spent, priority=[trial.hash for trial in sweep.by_priority])
 
 
-def _run_trials(
-    sweep: Sweep,
-    todo: Sequence[Trial],
-    store: Store,
-    bridge: Bridge,
-    price: Price | None,
-    trainable: Callable[[dict[str, Any]], None],
-) -> None:
-    if not todo:
-        return
-    resources = sweep.resources
-    slots = trial_slots(resources)
-    run_id = bridge.run_id
-    source = read_source()
-    for trial in todo:
-        folder = store.trial(trial.hash)
-        bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
+class _Tune:
+    """Runs trials of one sweep."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        store: Store,
+        bridge: Bridge,
+        price: Price | None,
+        trainable: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._sweep = sweep
+        self._store = store
+        self._bridge = bridge
+        self._price = price
+        self._trainable = trainable
+        self._slots = trial_slots(sweep.resources)
+        self._source = read_source()
+
+    def run(self, todo: Sequence[Trial]) -> None:
+        """Run these, in their order."""
+        if not todo:
+            return
+        jobs = [self._job(trial) for trial in todo]
+        most = self._sweep.resources.max_concurrent
+        # One driver more than can train: it loads while another trains, and waits for its workers.
+        concurrent = most if most is not None and most <= self._slots else self._slots + 1
+        self._fit(concurrent, param_space={"job": ray.tune.grid_search(jobs)})
+
+    def search(self, todo: Sequence[Trial], reuse: Callable[[Trial], None]) -> Sweep:
+        """Run the first seed of `todo` and what the search suggests; return the sweep with it."""
+        from knet_platform.searching import Suggester  # loads optuna, which few sweeps need
+
+        def start(trial: Trial) -> dict[str, Any]:
+            self._bridge.add(trial)
+            return {"job": self._job(trial)}
+
+        suggester = Suggester(
+            self._sweep,
+            [trial for trial in todo if trial.seed == self._sweep.seeds[0]],
+            self._store,
+            start=start,
+            reuse=reuse,
+            may_suggest=lambda: self._bridge.may_start,
+        )
+        # A suggestion made before there is room for it would know less.
+        concurrent = min(self._slots, self._sweep.resources.max_concurrent or self._slots)
+        self._fit(concurrent, search_alg=suggester, num_samples=-1)
+        return suggester.sweep
+
+    def _job(self, trial: Trial) -> dict[str, Any]:
+        """Make a trial ready to run and return its `TrialJob`."""
+        resources, price, run_id = self._sweep.resources, self._price, self._bridge.run_id
+        folder = self._store.trial(trial.hash)
+        self._bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
         folder.clear_pruned()
         if folder.provenance() is None:
-            provenance = capture(trial.recipe, workers=resources.workers, source=source)
-            folder.write_provenance(provenance, source.patch)
-    jobs = [
-        TrialJob(
+            provenance = capture(trial.recipe, workers=resources.workers, source=self._source)
+            folder.write_provenance(provenance, self._source.patch)
+        job = TrialJob(
             trial_hash=trial.hash,
             recipe=with_absolute_root(trial.recipe).to_dict(),
-            store_uri=store.uri,
+            store_uri=self._store.uri,
             run_id=run_id,
             workers=resources.workers,
             cpus_per_worker=resources.cpus_per_worker,
@@ -211,31 +264,33 @@ def _run_trials(
             hang_minutes=resources.hang_minutes,
             usd_per_hour=price.usd_per_hour if price and not price.assumed else None,
         )
-        for trial in todo
-    ]
-    # One driver more than can train: it loads while another trains, and waits for its workers.
-    concurrent = slots + 1
-    if resources.max_concurrent is not None and resources.max_concurrent <= slots:
-        concurrent = resources.max_concurrent
-    # Tune may still be writing there when the run is interrupted.
-    with tempfile.TemporaryDirectory(prefix="knet-tune-", ignore_cleanup_errors=True) as scratch:
-        ray.tune.Tuner(
-            ray.tune.with_resources(trainable, HEAD),
-            param_space={"job": ray.tune.grid_search([asdict(job) for job in jobs])},
-            tune_config=ray.tune.TuneConfig(
-                max_concurrent_trials=concurrent,
-                reuse_actors=True,  # a driver has loaded torch; the next need not
-                trial_name_creator=hash_of,
-                trial_dirname_creator=hash_of,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=sweep.name,
-                storage_path=scratch,  # nothing is ever restored from Tune's own files
-                failure_config=ray.tune.FailureConfig(max_failures=DRIVER_RESTARTS),
-                callbacks=[bridge],
-                verbose=0,
-            ),
-        ).fit()
+        return asdict(job)
+
+    def _fit(
+        self, concurrent: int, *, param_space: dict[str, Any] | None = None, **search: Any
+    ) -> None:
+        # Tune may still be writing there when the run is interrupted.
+        with tempfile.TemporaryDirectory(
+            prefix="knet-tune-", ignore_cleanup_errors=True
+        ) as scratch:
+            ray.tune.Tuner(
+                ray.tune.with_resources(self._trainable, HEAD),
+                param_space=param_space,
+                tune_config=ray.tune.TuneConfig(
+                    max_concurrent_trials=concurrent,
+                    reuse_actors=True,  # a driver has loaded torch; the next need not
+                    trial_name_creator=hash_of,
+                    trial_dirname_creator=hash_of,
+                    **search,
+                ),
+                run_config=ray.tune.RunConfig(
+                    name=self._sweep.name,
+                    storage_path=scratch,  # nothing is ever restored from Tune's own files
+                    failure_config=ray.tune.FailureConfig(max_failures=DRIVER_RESTARTS),
+                    callbacks=[self._bridge],
+                    verbose=0,
+                ),
+            ).fit()
 
 
 def _catch_up(
@@ -253,17 +308,21 @@ def _catch_up(
                 reason = str(pruned.get(trial.hash, "ended without a word"))
                 tracker.finish_trial(trial.hash, "KILLED", reason)
             continue
-        if status == "FINISHED":
-            continue
-        folder = store.trial(trial.hash)
-        result = folder.result()
-        assert result is not None, "a finished trial has a result"
-        last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
-        tracker.start_trial(trial, attempts.count(folder))
-        tracker.log_points(trial.hash, [*result.evaluations, last])
-        for name, content in folder.provenance_files().items():
-            tracker.log_file(trial.hash, name, content)
-        tracker.finish_trial(trial.hash, "FINISHED")
+        if status != "FINISHED":
+            _bring(trial, store, tracker)
+
+
+def _bring(trial: Trial, store: Store, tracker: Tracker) -> None:
+    """Tell the tracker of a finished trial."""
+    folder = store.trial(trial.hash)
+    result = folder.result()
+    assert result is not None, "a finished trial has a result"
+    last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
+    tracker.start_trial(trial, attempts.count(folder))
+    tracker.log_points(trial.hash, [*result.evaluations, last])
+    for name, content in folder.provenance_files().items():
+        tracker.log_file(trial.hash, name, content)
+    tracker.finish_trial(trial.hash, "FINISHED")
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from knet_platform.forecast import (
 from knet_platform.home import storage_uri
 from knet_platform.pace import Estimate
 from knet_platform.planning import Sweep
+from knet_platform.search import Search
 from knet_platform.storage import Store
+from knet_platform.suggestions import recall
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; then refuse it if it passes the budget."""
     sweep, price = load_priced_sweep(args)
     store = Store(storage_uri())
+    sweep = recall(sweep, store)
     probes = None
     rows = look_up(sweep, store, gpu=price.gpu)
     if args.probe:
@@ -74,6 +77,7 @@ def _as_json(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> 
         "batch_size": recipe.train.batch_size,
         "batch_size_per_worker": recipe.train.batch_size // sweep.resources.workers,
         "notes": list(sweep.notes),
+        "search": _search_as_json(sweep.search),
         "trials": [
             {
                 "arm": row.trial.arm,
@@ -95,6 +99,7 @@ def _as_json(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> 
             "peak_memory_gb": forecast.peak_memory_gb.mid,
             "peak_memory_gb_band": _as_list(forecast.peak_memory_gb),
             "source": forecast.source,
+            "uncounted_trials": forecast.uncounted,
             "memory_source": forecast.memory_source,
             "concurrent_trials": forecast.concurrent,
             "price": forecast.price.basis,
@@ -102,6 +107,17 @@ def _as_json(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> 
         },
         "spent": {"gpu_hours": forecast.spent_gpu_hours, "usd": forecast.spent_usd},
         "budget": {"gpu_hours": sweep.budget.gpu_hours, "usd": sweep.budget.usd},
+    }
+
+
+def _search_as_json(search: Search | None) -> dict[str, Any] | None:
+    if search is None:
+        return None
+    return {
+        "id": search.id,
+        "trials": search.spec.trials,
+        "suggested": len(search.suggested),
+        "to_come": search.to_come,
     }
 
 
@@ -117,8 +133,11 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
     workers = sweep.resources.workers
     share = recipe.train.batch_size // workers
     console.print(f"{sweep.name}: {sweep.title}")
+    to_come = sweep.search.to_come if sweep.search else 0
+    suggestions = f" and {to_come} still to be suggested" if to_come else ""
+    total = len(rows) + to_come * len(sweep.seeds)
     console.print(
-        f"{len(sweep.arms)} arms x {len(sweep.seeds)} seeds = {len(rows)} trials, "
+        f"{len(sweep.arms)} arms{suggestions} x {len(sweep.seeds)} seeds = {total} trials, "
         f"judged by {sweep.metric.name}"
     )
     console.print(
@@ -133,23 +152,26 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
         console.print(f"note: {note}")
     finished = sum(row.state == "finished" for row in rows)
     pruned = sum(row.state == "pruned" for row in rows)
-    left = len(rows) - finished - pruned
+    left = total - finished - pruned
     settled = f"{finished} finished" + (f", {pruned} pruned" if pruned else "")
     if not left:
         everything = f"all {len(rows)} trials are finished"
         over = f"{settled}, nothing left to run" if pruned else everything
         console.print(f"{over}; see knet report {sweep.path}")
         return
-    wall = forecast.wall_hours.times(3600)
-    at_once = (
-        f"{forecast.concurrent} at a time" if forecast.concurrent > 1 else "one after another"
-    )
-    console.print(
-        f"{settled}, {left} to run: {_duration(wall.mid)} {at_once} "
-        f"({_duration(wall.low)} to {_duration(wall.high)}, from {forecast.source})"
-    )
+    console.print(f"{settled}, {left} to run: {_wall_clock(forecast)}")
+    if forecast.uncounted:
+        console.print(
+            f"not counted: {forecast.uncounted} trials of unknown length, as no training images "
+            f"are here; data.root=FOLDER or train.iterations=N tells it"
+        )
     if sweep.scheduler:
         console.print("counted as if asha stopped nothing")
+    if to_come:
+        console.print(
+            f"{to_come} suggestions are not known yet: counted as the mean of the ends of "
+            f"search.space"
+        )
     gpu_hours, usd, memory = forecast.gpu_hours, forecast.usd, forecast.peak_memory_gb
     if gpu_hours.mid:
         console.print(
@@ -170,6 +192,19 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
             f"warning: {forecast.price.gpu} has {forecast.price.gpu_memory_gb:g} GB; "
             f"train.micro_batch=1 or train.precision=bf16 need less"
         )
+
+
+def _wall_clock(forecast: Forecast) -> str:
+    wall = forecast.wall_hours.times(3600)
+    if not wall.high:
+        return "for how long is unknown"
+    at_once = (
+        f"{forecast.concurrent} at a time" if forecast.concurrent > 1 else "one after another"
+    )
+    return (
+        f"{_duration(wall.mid)} {at_once} "
+        f"({_duration(wall.low)} to {_duration(wall.high)}, from {forecast.source})"
+    )
 
 
 def _table(sweep: Sweep, rows: Sequence[PlannedTrial]) -> "Table":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from knet_platform.home import knet_home, storage_uri
 from knet_platform.planning import load_sweep
+from knet_platform.suggestions import recall
 
 EXAMPLES = """\
 examples:
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from knet_platform.storage import Store
 
     sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
-    report = build_report(sweep, Store(storage_uri()), scale=args.scale)
+    store = Store(storage_uri())
+    report = build_report(recall(sweep, store), store, scale=args.scale)
     written = write_report(report, args.out or knet_home() / "reports" / sweep.name)
     shape = "json" if args.json else args.format
     if shape:

@@ -17,6 +17,7 @@ from knet_platform.forecast import look_up, make_forecast, require_budget
 from knet_platform.home import knet_home, storage_uri, tracking_uri
 from knet_platform.planning import Sweep
 from knet_platform.storage import Store
+from knet_platform.suggestions import recall
 
 if TYPE_CHECKING:
     from knet_platform.tracking import BackgroundTracker
@@ -53,6 +54,9 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
     store = Store(storage_uri())
     ray_address()
     _require_space(home, store)
+    sweep = recall(sweep, store)
+    if only_failed and sweep.search:
+        sweep = replace(sweep, search=sweep.search.closed())
     rows = look_up(sweep, store, gpu=price.gpu)
     if only_failed:
         rows = [row if row.state == "failed" else replace(row, estimate=None) for row in rows]
@@ -99,9 +103,9 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
             f"is in the store, and the same command brings MLflow up to date",
             file=sys.stderr,
         )
-    if outcome.paused:
+    if to_go := len(outcome.paused) + outcome.unsuggested:
         raise BudgetError(
-            f"{sweep.path}: budget: reached with {len(outcome.paused)} trials to go; the same "
+            f"{sweep.path}: budget: reached with {to_go} trials to go; the same "
             f"command with a higher --max-usd or budget: goes on from their checkpoints"
         )
     return TrialsFailedError.exit_code if outcome.failed else 0
@@ -151,6 +155,7 @@ def _as_json(
             {"arm": trial.arm, "seed": trial.seed, "trial_hash": trial.hash}
             for trial in outcome.pruned
         ],
+        "unsuggested": outcome.unsuggested,
         "files": {name: str(path) for name, path in outcome.files.items()},
         "compare_url": tracker.compare_url(),
         "tracking_updates_lost": tracker.lost,

@@ -14,6 +14,7 @@ from knet_platform.pace import num_iterations
 from knet_platform.planning import load_sweep
 from knet_platform.provenance import Provenance
 from knet_platform.storage import Store, TrialStore
+from knet_platform.suggestions import recall
 
 NAMES = """\
 A run is named by its trial hash or the beginning of one, by arm/seed together with --sweep, by its
@@ -71,7 +72,8 @@ def run_finder(args: argparse.Namespace) -> Callable[[str], RecordedRun]:
         sweep = load_sweep(
             args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds
         )
-        named = {trial.name: trial.hash for trial in sweep.trials}
+        recalled = recall(sweep, Store(storage_uri()))
+        named = {trial.name: trial.hash for trial in recalled.trials}
     return lambda name: find_run(name, named)
 
 

@@ -4,6 +4,7 @@ Values are in the units a paper prints (`knet_platform.metrics`: AP and its kin 
 they subtract from the paper's; `TrialLine.metrics` keeps what was measured, unscaled.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Table:
     reason: str
     """Why these rows stand apart from the baseline's; empty for the baseline's own table."""
     rows: tuple[Row, ...]
-    """In the sweep's order."""
+    """In the sweep's order; of a search, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +294,9 @@ def _rows(sweep: Sweep, lines: Sequence[TrialLine], columns: Sequence[Column]) -
                 usd=_total(trials, "cost/usd"),
             )
         )
+    if sweep.search is not None:
+        better = -1 if sweep.metric.mode == "max" else 1
+        rows.sort(key=lambda row: math.inf if (m := row.cells[0].mean) is None else better * m)
     return tuple(rows)
 
 
