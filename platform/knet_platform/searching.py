@@ -136,12 +136,16 @@ class Suggester(Searcher):
         """Look at a trial's result when the next suggestion is made."""
         del self._running[trial_id]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune saves its searchers for a restoration that never happens."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
-        """Leave an empty file: Tune saves its searchers for a restoration that never happens."""
+        """Leave an empty file, where Tune expects one."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Do nothing; see `save`."""
+        """Do nothing: Tune is never restored."""
 
     def _new(self) -> Trial | None:
         """Return a new suggestion's trial; None when the search is over."""
@@ -172,11 +176,13 @@ class Suggester(Searcher):
         if any(trial.hash == other.hash for other in self._running.values()):
             return Point(settings=settings, value=None)
         if trial.hash not in self._known:
-            self._known[trial.hash] = _read(self.sweep, self._store, trial, settings)
+            self._known[trial.hash] = read_point(self.sweep, self._store, trial, settings)
         return self._known[trial.hash]
 
 
-def _read(sweep: Sweep, store: Store, trial: Trial, settings: Mapping[str, Any]) -> Point | None:
+def read_point(
+    sweep: Sweep, store: Store, trial: Trial, settings: Mapping[str, Any]
+) -> Point | None:
     """Return what came of a suggestion; None where that says nothing of its value."""
     name, folder = sweep.metric.name, store.trial(trial.hash)
     result = folder.result()
