@@ -1,5 +1,6 @@
 """Scores over all workers, pictures of a few predictions, and the model's speed."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -99,7 +100,8 @@ def evaluate(
     Returns:
         Metrics `val/<name>` on every worker, with `per_stage` also `val/stage<i>/<name>` (0 the
         static kernels), and on the first worker a PNG of the first `config.probe_images` images,
-        ground truth beside prediction.
+        ground truth beside prediction. A metric that is not defined, as AP without any ground
+        truth, is left out.
 
     Raises:
         ConfigError: `per_stage` is asked together with scales, flips or a window.
@@ -163,9 +165,13 @@ def evaluate(
 
 
 def _gathered(metric: Metric) -> dict[str, float]:
-    """Return the scores of all workers together, on every worker."""
+    """Return the scores of all workers together, on every worker.
+
+    A score that is no number is left out, like one that is not defined.
+    """
     metric.merge(gather_on_zero(metric.state()))
-    return on_rank_zero(metric.compute)
+    scores = on_rank_zero(metric.compute)
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 @torch.no_grad()

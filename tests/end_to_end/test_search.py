@@ -14,6 +14,7 @@ from knet_platform.storage import Store
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).with_name("tiny.yaml")
 SWEEP = f"""\
 name: tuned
 base: {ROOT}/sweeps/recipes/knet_r50_instance_1x.yaml
@@ -42,7 +43,9 @@ def test_a_search_runs_what_it_suggests_and_goes_on_from_it(
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "tuned.yaml"
     path.write_text(SWEEP)
-    arguments = (str(path), "--scale", str(Path(__file__).with_name("tiny.yaml")))
+    scale = tmp_path / "tiny.yaml"
+    scale.write_text(TINY.read_text().replace("workers: 2", "workers: 1"))
+    arguments = (str(path), "--scale", str(scale))
     store = Store(str(tmp_path / "home" / "storage"))
 
     code, first = knet("run", *arguments)

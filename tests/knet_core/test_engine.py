@@ -16,6 +16,7 @@ from knet_core import (
 )
 from knet_core import engine as engine_module
 from knet_core.checkpoint_state import load_recipe, read_state
+from knet_core.metrics.mask_ap import MaskAP
 from knet_core.models.knet import KNet
 
 TIMED = ("sys/images_per_s", "sys/data_wait", "bench/fps")
@@ -239,6 +240,20 @@ def test_an_evaluation_of_a_model_that_exploded_is_no_score(tiny_recipe, tmp_pat
     recipe = tiny_recipe(iterations=50, eval_every=1, optim={"lr": 1e30, "warmup_iterations": 0})
     with pytest.raises(NonFiniteError, match=r"scores of image 1 \(000000.png\) are not finite"):
         fit(recipe, output_dir=tmp_path)
+
+
+def test_a_score_that_is_no_number_is_left_out_and_the_run_goes_on(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    scores = {"val/AP": math.nan, "val/AP50": math.inf, "val/AP75": 0.5}
+    monkeypatch.setattr(MaskAP, "compute", lambda self: scores)
+    recipe = tiny_recipe(iterations=4, eval_every=2)
+    with pytest.raises(InterruptedError):
+        fit(recipe, callbacks=[Recorder(stop_at=2)], output_dir=tmp_path)
+    result = fit(recipe, output_dir=tmp_path, resume_from=tmp_path / "checkpoint_2")
+    assert [point.metrics.get("val/AP75") for point in result.evaluations] == [0.5, 0.5]
+    assert result.metrics.keys() & scores.keys() == {"val/AP75"}
+    assert read_state(result.checkpoint).metrics == result.metrics
 
 
 @pytest.fixture
