@@ -70,7 +70,7 @@ def connected() -> Iterator[None]:
     A connection that exists is used as it is.
 
     Raises:
-        UsageError: The address is of another kind, or nothing answers there.
+        UsageError: The address is of another kind, nothing answers there, or Ray does not start.
     """
     import ray
 
@@ -82,8 +82,7 @@ def connected() -> Iterator[None]:
     if address:
         _connect(address, quiet)
     else:
-        # Ray cleans up behind stopped trials only where its dashboard runs.
-        ray.init(address="local", include_dashboard=True, **quiet)
+        _start(quiet)
     try:
         if address:
             _release_leftovers()
@@ -103,6 +102,21 @@ def _connect(address: str, quiet: Mapping[str, Any]) -> None:
             f"RAY_ADDRESS: cannot connect to {address} ({reason}); expected a running cluster "
             f"with the same RAY_AUTH_MODE ({os.environ.get('RAY_AUTH_MODE')}); unset RAY_ADDRESS "
             f"to start Ray here"
+        ) from error
+
+
+def _start(quiet: Mapping[str, Any]) -> None:
+    import ray
+
+    try:
+        # Ray cleans up behind stopped trials only where its dashboard runs.
+        ray.init(address="local", include_dashboard=True, **quiet)
+    except Exception as error:  # Ray raises just that where its node is not up in 30 seconds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"Ray: cannot start a cluster here ({reason}); expected free processors, memory and "
+            f"room in RAY_TMPDIR ({os.environ.get('RAY_TMPDIR', '/tmp')}), whose ray/ has its "
+            f"logs; run again, or set RAY_ADDRESS to a running cluster"
         ) from error
 
 

@@ -118,7 +118,7 @@ def mapping_layers(
     Raises:
         ConfigError: Keys the schema does not know, or interpolations; all of them.
     """
-    flat = dict(_flatten(values))
+    flat = dict(flatten(values))
     problems: list[str] = []
     layers: list[Layer] = []
     if isinstance(flat.get("data"), str):
@@ -144,7 +144,7 @@ def override_layers(overrides: Sequence[str]) -> tuple[Layer, ...]:
             continue
         with collecting(problems), _yaml_errors(f"{COMMAND_LINE}: {key}"):
             one = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
-            values |= dict(_flatten(_text_keys(one)))
+            values |= dict(flatten(_text_keys(one)))
     with collecting(problems):
         layers = mapping_layers(COMMAND_LINE, values)
     if problems:
@@ -259,10 +259,11 @@ def _text_keys(value: Any) -> Any:
     return [_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings under dotted keys."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -4,11 +4,12 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from knet_platform.cli.runs import NAMES, RecordedRun, add_sweep_arguments, run_finder
+from knet_platform.config import flatten
 from knet_platform.metrics import find_metric
 from knet_platform.provenance import Provenance
 
@@ -142,17 +143,9 @@ def _environment(provenance: Provenance) -> dict[str, Any]:
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, _Pair]:
-    a, b = dict(_flat(first)), dict(_flat(second))
+    a, b = dict(flatten(first)), dict(flatten(second))
     names = [*a, *(name for name in b if name not in a)]
     return {n: (a.get(n), b.get(n)) for n in names if a.get(n) != b.get(n)}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _metrics(

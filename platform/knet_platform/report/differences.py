@@ -1,10 +1,9 @@
 """What really distinguishes the arms: the keys of their resolved recipes that differ."""
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from knet_platform.config import flatten
 from knet_platform.planning import Sweep
 
 
@@ -20,7 +19,10 @@ class Differences:
 
 def differences(sweep: Sweep) -> Differences:
     """Compare the resolved recipes of all arms; the seed is no difference."""
-    recipes = {trial.arm: dict(_flat(trial.recipe.to_dict(), "")) for trial in sweep.trials}
+    recipes = {
+        trial.arm: {key: json.dumps(value) for key, value in flatten(trial.recipe.to_dict())}
+        for trial in sweep.trials
+    }
     found: dict[str, set[str]] = {}
     for values in recipes.values():
         for key in values:
@@ -30,11 +32,3 @@ def differences(sweep: Sweep) -> Differences:
         keys=keys,
         values={arm: tuple(recipes[arm].get(key, "") for key in keys) for arm in sweep.arms},
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(value)

@@ -10,16 +10,17 @@ import logging
 import os
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from knet_platform.config import flatten
 from knet_platform.errors import TrackingError
 from knet_platform.planning import Sweep, Trial
 from knet_platform.source import git_sha
@@ -216,17 +217,7 @@ def _line(where: str, error: BaseException) -> str:
 
 
 def _params(trial: Trial) -> list[Param]:
-    return [
-        Param(name, str(value)[:_LONGEST]) for name, value in _flat(trial.recipe.to_dict(), "")
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return [Param(key, str(value)[:_LONGEST]) for key, value in flatten(trial.recipe.to_dict())]
 
 
 def _without_password(uri: str) -> str:
