@@ -14,23 +14,13 @@ from knet_platform.storage import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-RECIPE = """\
-data:
-  format: shapes
-  shapes: {num_train: 8, num_val: 4, size: 64}
-  short_edge: [64, 64]
-  long_edge: 64
-  num_workers: 0
-model:
-  backbone: {name: resnet10t, pretrained: false, frozen_stages: 0, norm_eval: false}
-  channels: 32
-  num_kernels: 8
-  num_heads: 4
-  ffn_channels: 64
-  stages: 1
-optim: {lr: 1e-3, warmup_iterations: 0}
-train: {iterations: 150, batch_size: 4, log_every: 10, eval_every: 10}
-eval: {batch_size: 4, fps_iterations: 2, probe_images: 0}
+TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
+RECIPE = f"""\
+base: {TINY}
+model: {{stages: 1}}
+optim: {{lr: 1e-3, warmup_iterations: 0}}
+train: {{iterations: 150, batch_size: 4, log_every: 10, eval_every: 10}}
+eval: {{probe_images: 0}}
 """
 # One trial after another, the baseline first: what ASHA decides depends on the order.
 SWEEP = """\

@@ -42,7 +42,7 @@ def test_a_controllers_failure_is_its_cause() -> None:
 def test_ray_trains_processes_are_told_which_cluster_is_theirs(
     ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else they ask the cluster that was started last on the machine, which knows no controller."""
+    """Else they ask the machine's newest cluster, which knows no controller of ours."""
     monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
     _name_cluster()
     there = get_env_vars_to_propagate()["RAY_ADDRESS"]

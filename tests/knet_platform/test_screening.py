@@ -1,5 +1,6 @@
 """Which arms a screen stops, and what a sweep leaves alone after it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,10 +93,10 @@ def test_other_seeds_the_last_step_and_values_without_meaning_are_not_judged(
 
 
 def test_a_sweep_that_continues_compares_with_what_was_measured_before(
-    sweep: Sweep, store: Store
+    sweep: Sweep, store: Store, finished: Callable[..., TrialResult]
 ) -> None:
     good, poor = of(sweep, "good/3"), of(sweep, "poor/3")
-    store.trial(good.hash).write_result(result_of(good, at(20, 0.4)))
+    store.trial(good.hash).write_result(finished(good.hash, evaluations=(at(20, 0.4),)))
     screen = Screen(sweep)
     screen.recall(store)
     assert rejected(screen, poor, 20, 0.1)
@@ -108,19 +109,3 @@ def test_no_seed_of_a_pruned_arm_is_run_in_that_sweep(sweep: Sweep, store: Store
     assert left == {"poor/3", "poor/0"}
     for other in (replace(sweep, scheduler=None), replace(sweep, name="other")):
         assert not any(screened_out(other, store, trial) for trial in other.trials)
-
-
-def result_of(trial: Trial, *evaluations: Evaluation) -> TrialResult:
-    return TrialResult(
-        trial_hash=trial.hash,
-        step=100,
-        metrics={"val/AP": 0.5},
-        evaluations=evaluations,
-        checkpoint="checkpoint_100",
-        num_parameters=1,
-        seconds=1.0,
-        wall_seconds=1.0,
-        device="cpu",
-        workers=1,
-        finished_at="2026-01-01T00:00:00+00:00",
-    )

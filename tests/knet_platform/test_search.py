@@ -15,7 +15,7 @@ from knet_platform.planning import LargeSweepError, load_sweep
 from knet_platform.prices import Price
 from knet_platform.report import build_report
 from knet_platform.search import Dimension
-from knet_platform.storage import Store, TrialResult
+from knet_platform.storage import Store
 from knet_platform.suggestions import recall, record, with_suggestions
 
 SPACE = {
@@ -64,14 +64,14 @@ def problems_of(path: Path, **arguments) -> list[str]:
     return [line.removeprefix(f"{path}: ") for line in caught.value.problems]
 
 
-def finish(store: Store, trial_hash: str, ap: float) -> None:
-    store.trial(trial_hash).write_result(
-        TrialResult(
-            trial_hash=trial_hash, step=10, metrics={"val/AP": ap}, evaluations=(),
-            checkpoint="checkpoint_10", num_parameters=1, seconds=30.0, wall_seconds=1.0,
-            device="cpu", workers=1, finished_at="2026-01-01T00:00:00+00:00",
-        )
-    )  # fmt: skip
+@pytest.fixture
+def finish(store, finished):
+    """Return a function that gives a trial its result."""
+
+    def finish(trial_hash: str, ap: float) -> None:
+        store.trial(trial_hash).write_result(finished(trial_hash, metrics={"val/AP": ap}))
+
+    return finish
 
 
 def test_a_search_starts_with_the_arms_of_its_file(write):
@@ -213,7 +213,7 @@ def test_a_fraction_is_set_as_its_arm_says(write):
     assert Dimension(kind="choice", values=(0.123456789, 1.0)).settle(0.123456789) == 0.123456789
 
 
-def test_a_forecast_counts_what_is_not_known_yet(write, store):
+def test_a_forecast_counts_what_is_not_known_yet(write, store, finish):
     sweep = load_sweep(write(seeds=[0, 1]))
     open_ended = make_forecast(sweep, look_up(sweep, store), FREE)
     space = {"train.iterations": {"integer": [1000, 3000]}}
@@ -224,16 +224,18 @@ def test_a_forecast_counts_what_is_not_known_yet(write, store):
     )
     both = with_suggestions(sweep, [FIRST, SECOND, FIRST, SECOND])
     for trial in both.trials:
-        finish(store, trial.hash, 0.3)
+        finish(trial.hash, 0.3)
     assert make_forecast(both, look_up(both, store), FREE).seconds.mid == 0
     assert limit_seconds(both, 1.0) is None
 
 
-def test_the_plan_says_what_is_known_and_what_is_not(write, store, monkeypatch, capsys, tmp_path):
+def test_the_plan_says_what_is_known_and_what_is_not(
+    write, store, monkeypatch, capsys, tmp_path, finish
+):
     monkeypatch.setenv("KNET_STORAGE", str(tmp_path / "storage"))
     sweep = with_suggestions(load_sweep(write()), [FIRST])
     record(sweep, store)
-    finish(store, sweep.trials[0].hash, 0.3)
+    finish(sweep.trials[0].hash, 0.3)
     assert main(["plan", str(write()), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [(row["arm"], row["state"]) for row in plan["trials"]] == [
@@ -255,9 +257,9 @@ def test_large_searches_are_asked_about(write):
     assert caught.value.count == 6002
 
 
-def test_a_report_lists_a_search_best_first(write, store):
+def test_a_report_lists_a_search_best_first(write, store, finish):
     sweep = with_suggestions(load_sweep(write()), [FIRST, SECOND])
     for trial, ap in zip(sweep.trials, (0.3, 0.2, 0.4), strict=True):
-        finish(store, trial.hash, ap)
+        finish(trial.hash, ap)
     arms = [row.arm for row in build_report(sweep, store).rows]
     assert arms == [sweep.arms[2], "published", sweep.arms[1]]

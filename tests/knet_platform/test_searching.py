@@ -80,6 +80,7 @@ class Tune:
 
     sweep: Sweep
     store: Store
+    finished: Callable[..., TrialResult]
     may_suggest: bool = True
     started: list[Trial] = field(default_factory=list)
     reused: list[Trial] = field(default_factory=list)
@@ -114,13 +115,8 @@ class Tune:
     def finish(self, trial: Trial, ap: float | None = None) -> None:
         """Give a trial its result: the better, the nearer its rate is to 0.01."""
         value = 0.01 / (0.01 + abs(trial.recipe.optim.lr - 0.01)) if ap is None else ap
-        self.store.trial(trial.hash).write_result(
-            TrialResult(
-                trial_hash=trial.hash, step=100, metrics={"val/AP": value}, evaluations=(),
-                checkpoint="checkpoint_100", num_parameters=1, seconds=1.0, wall_seconds=1.0,
-                device="cpu", workers=1, finished_at="2026-01-01T00:00:00+00:00",
-            )
-        )  # fmt: skip
+        result = self.finished(trial.hash, metrics={"val/AP": value})
+        self.store.trial(trial.hash).write_result(result)
 
 
 @pytest.fixture
@@ -131,13 +127,21 @@ def load(tmp_path: Path) -> Callable[..., Sweep]:
     return lambda **arguments: load_sweep(path, **arguments)
 
 
-def tune(load: Callable[..., Sweep], folder: Path) -> Tune:
-    store = Store(str(folder))
-    return Tune(recall(load(), store), store)
+@pytest.fixture
+def tune(
+    load: Callable[..., Sweep], finished: Callable[..., TrialResult]
+) -> Callable[[Path], Tune]:
+    """Return what starts or continues the search whose store is that folder."""
+
+    def start(folder: Path) -> Tune:
+        store = Store(str(folder))
+        return Tune(recall(load(), store), store, finished)
+
+    return start
 
 
-def test_known_trials_come_first_then_as_many_suggestions_as_asked_for(load, tmp_path):
-    one = tune(load, tmp_path / "one")
+def test_known_trials_come_first_then_as_many_suggestions_as_asked_for(tune, load, tmp_path):
+    one = tune(tmp_path / "one")
     sweep = one.run()
     assert [trial.arm for trial in one.started] == list(sweep.arms)
     assert sweep.arms[0] == "base"
@@ -147,38 +151,38 @@ def test_known_trials_come_first_then_as_many_suggestions_as_asked_for(load, tmp
 
 
 @pytest.mark.parametrize("ended", [1, 2, 5])
-def test_a_search_that_was_killed_ends_as_if_it_had_not_been(load, tmp_path, ended):
-    whole = tune(load, tmp_path / "whole")
+def test_a_search_that_was_killed_ends_as_if_it_had_not_been(tune, load, tmp_path, ended):
+    whole = tune(tmp_path / "whole")
     expected = whole.run()
-    killed = tune(load, tmp_path / "killed")
+    killed = tune(tmp_path / "killed")
     killed.run(at_most=ended)
-    later = tune(load, tmp_path / "killed")
+    later = tune(tmp_path / "killed")
     assert later.run() == expected
     assert later.started[0] == killed.started[-1]  # the one under way goes on, before any other
     again = [trial.hash for trial in (*killed.started[:-1], *later.started)]
     assert len(set(again)) == len(again)  # and nothing that was finished runs again
 
 
-def test_a_suggestion_that_another_sweep_has_run_is_not_run_again(load, tmp_path):
-    other = tune(load, tmp_path / "other")
+def test_a_suggestion_that_another_sweep_has_run_is_not_run_again(tune, load, tmp_path):
+    other = tune(tmp_path / "other")
     third = other.run().trials[3]
-    here = tune(load, tmp_path / "here")
+    here = tune(tmp_path / "here")
     here.finish(third)
     assert here.run() == recall(load(), other.store)
     assert here.reused == [third]
     assert third not in here.started
 
 
-def test_nothing_is_suggested_once_the_budget_is_spent(load, tmp_path):
-    poor = tune(load, tmp_path)
+def test_nothing_is_suggested_once_the_budget_is_spent(tune, load, tmp_path):
+    poor = tune(tmp_path)
     poor.may_suggest = False
     assert poor.run().search.to_come == 6
     assert [trial.arm for trial in poor.started] == ["base"]
     assert recall(load(), poor.store).search.suggested == ()
 
 
-def test_trials_that_failed_or_were_measured_as_nothing_do_not_mislead(load, tmp_path):
-    one = tune(load, tmp_path)
+def test_trials_that_failed_or_were_measured_as_nothing_do_not_mislead(tune, load, tmp_path):
+    one = tune(tmp_path)
 
     def end(trial: Trial) -> None:
         if len(one.started) % 2:
@@ -187,7 +191,7 @@ def test_trials_that_failed_or_were_measured_as_nothing_do_not_mislead(load, tmp
     assert len(one.run(end=end).arms) == 7
 
 
-def test_what_a_screen_stopped_is_told_with_its_curve(load, tmp_path):
+def test_what_a_screen_stopped_is_told_with_its_curve(tune, load, tmp_path):
     settings = {"optim.lr": 0.1}
     sweep = replace(with_suggestions(load(), [settings]), scheduler=Asha())
     store, trial = Store(str(tmp_path)), sweep.trials[1]

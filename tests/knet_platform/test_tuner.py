@@ -26,21 +26,10 @@ from knet_platform.tracking import MemoryTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-RECIPE = """\
-data:
-  format: shapes
-  shapes: {num_train: 8, num_val: 4, size: 64}
-  short_edge: [64, 64]
-  long_edge: 64
-  num_workers: 0
-model:
-  backbone: {name: resnet10t, pretrained: false, frozen_stages: 0, norm_eval: false}
-  channels: 32
-  num_kernels: 8
-  num_heads: 4
-  ffn_channels: 64
-train: {iterations: 6, batch_size: 4, log_every: 1, eval_every: 3}
-eval: {batch_size: 4, fps_iterations: 2, probe_images: 1}
+TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
+RECIPE = f"""\
+base: {TINY}
+train: {{iterations: 6, batch_size: 4, log_every: 1, eval_every: 3}}
 """
 SWEEP = """\
 # Rounds of kernel update

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,29 @@ from knet_platform.storage import Store, TrialResult, TrialStore
 
 SOURCE = Source(git_sha="a" * 40, patch="")
 RECIPE = Recipe(data=DataConfig(format="shapes", root="/data"))
+SCORES = {"val/AP": 0.25, "bench/fps": 10.0}
 
 
-def record(
-    folder: TrialStore,
-    *,
-    recipe: Recipe = RECIPE,
-    source: Source = SOURCE,
-    metrics: dict[str, float] | None = None,
-    **changes: Any,
-) -> None:
-    """Write what a finished run leaves."""
-    provenance = capture(recipe, workers=1, source=source)
-    folder.write_provenance(dataclasses.replace(provenance, **changes), source.patch)
-    result = TrialResult(
-        trial_hash="ab",
-        step=2,
-        metrics=metrics or {"val/AP": 0.25, "bench/fps": 10.0},
-        evaluations=(),
-        checkpoint="checkpoint_2",
-        num_parameters=1,
-        seconds=1.0,
-        wall_seconds=1.0,
-        device="cpu",
-        workers=1,
-        finished_at="2026-01-01T00:00:00+00:00",
-    )
-    folder.write_result(result)
+Record = Callable[..., None]
+
+
+@pytest.fixture
+def record(finished: Callable[..., TrialResult]) -> Record:
+    """Return a function that writes what a finished run leaves."""
+
+    def record(
+        folder: TrialStore,
+        *,
+        recipe: Recipe = RECIPE,
+        source: Source = SOURCE,
+        metrics: Mapping[str, float] = SCORES,
+        **changes: Any,
+    ) -> None:
+        provenance = capture(recipe, workers=1, source=source)
+        folder.write_provenance(dataclasses.replace(provenance, **changes), source.patch)
+        folder.write_result(finished("ab", metrics=dict(metrics)))
+
+    return record
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def store(home: Path) -> Store:
 
 
 def test_runs_that_differ_in_speed_only_are_said_to_be_equal(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(store.trial("aaaa1111"), metrics={"val/AP": 0.25, "bench/fps": 10.0})
     record(store.trial("bbbb2222"), metrics={"val/AP": 0.25, "bench/fps": 11.0})
@@ -63,7 +60,7 @@ def test_runs_that_differ_in_speed_only_are_said_to_be_equal(
 
 
 def test_every_part_that_differs_is_named(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(store.trial("aaaa1111"), packages={"torch": "2.8.0"}, code_files={"losses.py": "1"})
     other = dataclasses.replace(RECIPE, seed=1, model=dataclasses.replace(RECIPE.model, stages=1))
@@ -98,7 +95,7 @@ def test_every_part_that_differs_is_named(
 
 
 def test_the_same_change_on_top_of_two_clones_is_one_patch(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, header in (("aaaa1111", "# note\n"), ("bbbb2222", "")):
         index = f"index {name}..2\n"
@@ -109,7 +106,7 @@ def test_the_same_change_on_top_of_two_clones_is_one_patch(
 
 
 def test_a_difference_too_small_for_the_table_is_shown_all_the_same(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(store.trial("aaaa1111"), metrics={"val/AP": 0.25})
     record(store.trial("bbbb2222"), metrics={"val/AP": 0.2500001})
@@ -118,7 +115,7 @@ def test_a_difference_too_small_for_the_table_is_shown_all_the_same(
 
 
 def test_a_run_is_found_by_every_name_it_has(
-    store: Store, home: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, home: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlflow import MlflowClient
 
@@ -154,7 +151,12 @@ def test_a_run_is_found_by_every_name_it_has(
     ],
 )
 def test_a_name_that_stands_for_no_run_is_one_line(
-    name: str, said: str, store: Store, home: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    said: str,
+    record: Record,
+    store: Store,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     record(store.trial("aaaa1111"))
     record(store.trial("aaaa2222"))
@@ -166,7 +168,7 @@ def test_a_name_that_stands_for_no_run_is_one_line(
 
 
 def test_a_run_from_before_provenance_says_so(
-    store: Store, capsys: pytest.CaptureFixture[str]
+    record: Record, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(store.trial("aaaa1111"))
     store.trial("bbbb2222").write_bytes("result.json", b"{}")

@@ -10,7 +10,7 @@ import pytest
 
 from knet_platform.cli.main import main
 from knet_platform.planning import load_sweep
-from knet_platform.storage import Failure, Pruned, Store, TrialResult
+from knet_platform.storage import Failure, Pruned, Store
 
 ROOT = Path(__file__).parents[3]
 ARGUMENTS = [
@@ -34,22 +34,14 @@ def trials():
     return {trial.name: trial.hash for trial in sweep.trials}
 
 
-def finish(home: Path, trial_hash: str) -> None:
-    Store(str(home / "storage")).trial(trial_hash).write_result(
-        TrialResult(
-            trial_hash=trial_hash,
-            step=300,
-            metrics={"val/AP": 0.3},
-            evaluations=(),
-            checkpoint="checkpoint_300",
-            num_parameters=1,
-            seconds=60.0,
-            wall_seconds=70.0,
-            device="cpu",
-            workers=2,
-            finished_at="2026-01-01T00:00:00+00:00",
-        )
-    )
+@pytest.fixture
+def finish(home, finished):
+    """Return a function that gives a trial its result."""
+
+    def finish(trial_hash: str) -> None:
+        Store(str(home / "storage")).trial(trial_hash).write_result(finished(trial_hash, step=300))
+
+    return finish
 
 
 def add_checkpoint(home: Path, trial_hash: str, *, step: int, seconds: float) -> None:
@@ -78,8 +70,8 @@ def test_a_new_sweep_is_all_to_run_and_nothing_is_written(capsys, home):
     assert not home.exists()
 
 
-def test_finished_and_failed_trials_are_told_apart(capsys, home, trials):
-    finish(home, trials["3/0"])
+def test_finished_and_failed_trials_are_told_apart(capsys, home, trials, finish):
+    finish(trials["3/0"])
     failure = Failure(
         cause="non_finite",
         kind="NonFiniteError",
@@ -114,14 +106,14 @@ def test_a_partial_trial_shows_its_step_and_needs_the_rest(capsys, home, trials)
     assert left["3/1"] - left["3/0"] == pytest.approx(300.0)
 
 
-def test_a_pruned_arm_needs_nothing_more_under_its_screen(capsys, home, trials, tmp_path):
+def test_a_pruned_arm_needs_nothing_more_under_its_screen(capsys, home, trials, tmp_path, finish):
     text = Path(ARGUMENTS[0]).read_text().replace("base: recipes", f"base: {ROOT}/sweeps/recipes")
     path = tmp_path / "stages.yaml"
     path.write_text(text + "scheduler: asha\n")
     scale = f"{ROOT}/sweeps/scales/laptop.yaml"
     arguments = [str(path), "--scale", scale, ARGUMENTS[3]]
     for name in ("3/0", "3/1"):
-        finish(home, trials[name])
+        finish(trials[name])
     pruned = Pruned(sweep="stages", run="r", step=40, total=260)
     Store(str(home / "storage")).trial(trials["1/0"]).write_pruned(pruned)
     assert main(["plan", *arguments, "--json"]) == 0
@@ -138,9 +130,9 @@ def test_a_pruned_arm_needs_nothing_more_under_its_screen(capsys, home, trials, 
     assert "2 finished, 8 to run" in capsys.readouterr().out
 
 
-def test_a_finished_sweep_points_to_its_report(capsys, home, trials):
+def test_a_finished_sweep_points_to_its_report(capsys, home, trials, finish):
     for trial_hash in trials.values():
-        finish(home, trial_hash)
+        finish(trial_hash)
     assert main(["plan", *ARGUMENTS]) == 0
     assert "all 10 trials are finished; see knet report" in capsys.readouterr().out
 
@@ -182,9 +174,9 @@ def test_a_plan_beyond_the_budget_is_shown_and_refused(capsys, json_flag):
     assert main(["plan", *ARGUMENTS, "--max-usd", "100", *json_flag]) == 0
 
 
-def test_what_was_spent_counts_for_the_budget(capsys, home, trials):
+def test_what_was_spent_counts_for_the_budget(capsys, home, trials, finish):
     for trial_hash in list(trials.values())[:-1]:
-        finish(home, trial_hash)
+        finish(trial_hash)
     assert main(["plan", *ARGUMENTS, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["spent"]["usd"] > plan["forecast"]["usd"][1]
@@ -193,9 +185,9 @@ def test_what_was_spent_counts_for_the_budget(capsys, home, trials):
     assert "spent" in capsys.readouterr().err
 
 
-def test_a_finished_sweep_passes_any_budget(capsys, home, trials):
+def test_a_finished_sweep_passes_any_budget(capsys, home, trials, finish):
     for trial_hash in trials.values():
-        finish(home, trial_hash)
+        finish(trial_hash)
     assert main(["plan", *ARGUMENTS, "--max-usd", "0"]) == 0
 
 
@@ -242,8 +234,8 @@ def test_a_typo_is_one_line_and_code_2(capsys):
     )
 
 
-def test_planning_loads_no_torch_ray_or_mlflow(home, trials):
-    finish(home, trials["3/0"])
+def test_planning_loads_no_torch_ray_or_mlflow(home, trials, finish):
+    finish(trials["3/0"])
     add_checkpoint(home, trials["3/1"], step=150, seconds=300.0)
     code = (
         "import sys; from knet_platform.cli.main import main; "

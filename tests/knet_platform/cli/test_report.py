@@ -1,6 +1,7 @@
 """`knet report` through the command line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,24 +25,13 @@ arms:
 
 
 @pytest.fixture
-def sweep(recipe: Path) -> Path:
+def sweep(recipe: Path, finished: Callable[..., TrialResult]) -> Path:
     path = recipe.with_name("width.yaml")
     path.write_text(SWEEP)
     for trial in load_sweep(path).trials:
         if trial.name != "wide/1":
-            result = TrialResult(
-                trial_hash=trial.hash,
-                step=2,
-                metrics={"val/AP": 0.2 + 0.1 * trial.seed, "val/AP50": 0.5},
-                evaluations=(),
-                checkpoint="checkpoint_2",
-                num_parameters=1,
-                seconds=1.0,
-                wall_seconds=2.0,
-                device="cpu",
-                workers=1,
-                finished_at="2026-01-01T00:00:00+00:00",
-            )
+            metrics = {"val/AP": 0.2 + 0.1 * trial.seed, "val/AP50": 0.5}
+            result = finished(trial.hash, metrics=metrics)
             Store(storage_uri()).trial(trial.hash).write_result(result)
     return path
 

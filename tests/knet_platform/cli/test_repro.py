@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,6 @@ from knet_platform.provenance import Provenance, capture
 from knet_platform.source import Source
 from knet_platform.storage import Store, TrialResult
 
-RESULT = TrialResult(
-    trial_hash="aaaa1111",
-    step=2,
-    metrics={"val/AP": 0.25},
-    evaluations=(),
-    checkpoint="checkpoint_2",
-    num_parameters=1,
-    seconds=1.0,
-    wall_seconds=1.0,
-    device="cpu",
-    workers=1,
-    finished_at="2026-01-01T00:00:00+00:00",
-)
 ROOT = Path(__file__).parents[3]
 
 
@@ -90,19 +78,24 @@ def test_a_run_with_uncommitted_changes_is_reproduced_to_the_last_digit(
 
 
 @pytest.fixture
-def record(project: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+def record(
+    project: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Callable[..., TrialResult],
+):
     """Write the record of a finished run of the project's code, changed as asked."""
     monkeypatch.setattr(repro, "_REPOSITORY", project)
     recipe = Recipe(data=DataConfig(format="shapes"))
 
-    def write(*, patch: str = "", finished: bool = True, **changes: object) -> Provenance:
+    def write(*, patch: str = "", complete: bool = True, **changes: object) -> Provenance:
         source = Source(git_sha=git(project, "rev-parse", "HEAD"), patch=patch)
         provenance = capture(recipe, workers=1, source=source)
         provenance = dataclasses.replace(provenance, **changes)
         folder = Store(str(home / "storage")).trial("aaaa1111")
         folder.write_provenance(provenance, patch)
-        if finished:
-            folder.write_result(RESULT)
+        if complete:
+            folder.write_result(finished("aaaa1111", metrics={"val/AP": 0.25}))
         return provenance
 
     return write
@@ -128,7 +121,7 @@ def test_a_run_without_a_commit_is_refused_with_the_reason(
 
 
 def test_an_unfinished_run_is_refused(record, capsys: pytest.CaptureFixture[str]) -> None:
-    record(finished=False)
+    record(complete=False)
     assert "is not finished" in refusal(capsys)
 
 
@@ -160,6 +153,7 @@ def test_the_distance_decides(
     code: int,
     said: str,
     record,
+    finished: Callable[..., TrialResult],
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -167,7 +161,7 @@ def test_the_distance_decides(
     provenance = record()
     folder = Store(str(home / "again")).run_folder()
     folder.write_provenance(provenance, "")
-    folder.write_result(dataclasses.replace(RESULT, metrics=metrics))
+    folder.write_result(finished("aaaa1111", metrics=metrics))
     again = RecordedRun(name="again", folder=folder, provenance=provenance)
     monkeypatch.setattr(repro, "_run_again", lambda *_: again)
     assert main(["repro", "aaaa1111", "--tolerance", tolerance]) == code
