@@ -66,9 +66,10 @@ def test_a_partial_trial_needs_only_the_rest():
 
 
 def test_epochs_become_iterations_by_counting_images(tmp_path):
-    (tmp_path / "train").mkdir()
-    for index in range(8):
+    (tmp_path / "train/ulm").mkdir(parents=True)  # as in Cityscapes
+    for index in range(4):
         (tmp_path / "train" / f"{index}.jpg").touch()
+        (tmp_path / "train/ulm" / f"{index}.jpg").touch()
     data = DataConfig(root=str(tmp_path))
     recipe = Recipe(data=data, train=TrainConfig(epochs=6, batch_size=4))
     assert num_iterations(recipe) == 12

@@ -96,7 +96,7 @@ TABLES = {
         R101-N256 - - - - - - 15.5
         """,
 }
-WITHOUT_NUMBERS = ["panoptic_design"]
+WITHOUT_NUMBERS = ["panoptic_design", "search_lr"]
 every_sweep = pytest.mark.parametrize("name", sorted([*TABLES, *WITHOUT_NUMBERS]))
 
 # Whole recipes that arms stand for, and what arms set on their sweep's recipe.
@@ -130,6 +130,7 @@ RECIPES = {
     "head": {"both": "knet_r50_instance_1x"},
     "positional": {"encoding": "knet_r50_instance_1x"},
     "panoptic_design": {"published": "knet_r50_panoptic_1x"},
+    "search_lr": {"published": "knet_r50_instance_1x"},
     "semantic_stages": {"0": "fcn_r50_ade20k", "3": "knet_fcn_r50_ade20k"},
 }
 
@@ -203,7 +204,13 @@ def test_an_arm_as_published_is_the_recipe_it_stands_for(name):
 @pytest.mark.parametrize(
     "arms",
     [
-        {"stages": "3", "kernels": "100", "head": "both", "positional": "encoding"},
+        {
+            "stages": "3",
+            "kernels": "100",
+            "head": "both",
+            "positional": "encoding",
+            "search_lr": "published",
+        },
         {"semantic_stages": "0", "semantic_methods": "FCN"},
         {"semantic_stages": "3", "semantic_methods": "FCN+K-Net"},
     ],

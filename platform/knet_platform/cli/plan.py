@@ -177,10 +177,11 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
         console.print(
             f"{gpu_hours.mid:.1f} GPU hours ({gpu_hours.low:.1f} to {gpu_hours.high:.1f})"
         )
-    assumed = "; --instance names yours" if forecast.price.assumed else ""
-    console.print(
-        f"{usd.mid:.2f} USD ({usd.low:.2f} to {usd.high:.2f}; {forecast.price.basis}{assumed})"
-    )
+    if forecast.seconds.high:
+        assumed = "; --instance names yours" if forecast.price.assumed else ""
+        console.print(
+            f"{usd.mid:.2f} USD ({usd.low:.2f} to {usd.high:.2f}; {forecast.price.basis}{assumed})"
+        )
     if forecast.spent_usd:
         console.print(f"spent so far: {forecast.spent_usd:.2f} USD")
     console.print(

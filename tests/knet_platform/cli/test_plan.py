@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from knet_core import make_shapes
 from knet_platform.cli.main import main
 from knet_platform.planning import load_sweep
 from knet_platform.storage import Failure, Pruned, Store
@@ -135,6 +136,24 @@ def test_a_finished_sweep_points_to_its_report(capsys, home, trials, finish):
         finish(trial_hash)
     assert main(["plan", *ARGUMENTS]) == 0
     assert "all 10 trials are finished; see knet report" in capsys.readouterr().out
+
+
+def test_trials_of_unknown_length_are_counted_apart(capsys, tmp_path):
+    make_shapes(tmp_path / "shapes", num_train=2, num_val=1, size=64)
+    arguments = [ARGUMENTS[0], f"data.root={tmp_path}/shapes", "--json"]
+    assert main(["plan", *arguments]) == 0
+    known = json.loads(capsys.readouterr().out)["forecast"]
+    assert (known["source"], known["uncounted_trials"]) == ("model", 0)
+    for image in (tmp_path / "shapes/train").iterdir():  # only the cluster has them
+        image.unlink()
+    assert main(["plan", *arguments]) == 0
+    unknown = json.loads(capsys.readouterr().out)["forecast"]
+    assert (unknown["source"], unknown["uncounted_trials"]) == ("unknown", 5)
+    assert main(["plan", *arguments[:2]]) == 0
+    shown = capsys.readouterr().out
+    assert "5 to run: for how long is unknown" in shown
+    assert "not counted: 5 trials of unknown length, as no training images are here" in shown
+    assert "USD" not in shown
 
 
 def test_the_forecast_has_its_fixed_form(capsys):
