@@ -318,10 +318,13 @@ class _Layers:
     """What stands below and above the arms."""
 
     recipes: Mapping[str | None, tuple[Layer, ...]]
+    """By file name; none where that could not be read."""
     scaled: tuple[Layer, ...]
     last: tuple[Layer, ...]
+    """Of the command line."""
 
     def below(self, base: str | None) -> tuple[Layer, ...]:
+        """Return what arms of a recipe are set on."""
         return (*self.recipes.get(base, ()), *self.scaled)
 
 
