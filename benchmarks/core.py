@@ -377,7 +377,7 @@ def losses_part(setting: Setting) -> Comparison:
     semantic = regions(THINGS + STUFF, small, generator)[None].to(setting.device)
     output = KNetOutput(stages=tuple(stages), semantic=semantic.requires_grad_(), padded_size=size)
     targets = [ground_truth(setting, size, 1, seed=3)]
-    weights = LossConfig()
+    weights = LossConfig(rank=0.1)
     inputs = [semantic, *(s.masks for s in stages)]
     inputs += [s.class_logits for s in stages if s.class_logits is not None]
 

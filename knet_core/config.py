@@ -166,8 +166,9 @@ class LossConfig:
     """Focal loss of class scores, after every update."""
     seg: float = 1.0
     """Focal loss of the auxiliary semantic map (instance, panoptic)."""
-    rank: float = 0.1
-    """Cross-entropy over the kernels that compete for a pixel (panoptic); 0 leaves it out."""
+    rank: float | None = None
+    """Cross-entropy over the kernels that compete for a pixel (panoptic, instance); 0: without.
+    Unset: as published, 0.1 in the panoptic task and 0 in the instance task."""
     ce: float = 1.0
     """Cross-entropy over classes, static and after every update (semantic)."""
     auxiliary: float = 0.4
@@ -180,8 +181,9 @@ class LossConfig:
         _check(
             *(
                 (getattr(self, name) >= 0, f"loss.{name}: must be >= 0, got {getattr(self, name)}")
-                for name in ("mask", "dice", "cls", "seg", "rank", "ce", "auxiliary")
+                for name in ("mask", "dice", "cls", "seg", "ce", "auxiliary")
             ),
+            (self.rank is None or self.rank >= 0, f"loss.rank: must be >= 0, got {self.rank}"),
             (
                 self.points is None or self.points >= 1,
                 f"loss.points: must be >= 1, got {self.points}",

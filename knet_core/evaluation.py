@@ -105,10 +105,10 @@ def evaluate(
 
     Raises:
         ConfigError: `per_stage` is asked together with scales, flips or a window.
-        DataError: An image cannot be used, or the split has other classes than the model.
+        DataError: An image cannot be used, or an annotated split has other classes than the model.
         EvaluationMemoryError: The device has no memory to predict a single image.
     """
-    if model.num_classes != dataset.num_classes:
+    if dataset.annotated and model.num_classes != dataset.num_classes:
         raise DataError(
             f"data: the split to evaluate has {dataset.num_classes} categories, the model "
             f"predicts {model.num_classes}; use the data that the model was trained on"

@@ -7,6 +7,7 @@ its own, its weights get their names here, and its configuration follows from th
 import dataclasses
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from knet_core.errors import CheckpointError, ConfigError
 from knet_core.models.knet import KNet, build_model
 from knet_core.official_config import (
     Published,
+    category_ids,
     disagreements,
     infer,
     published_recipe,
@@ -139,7 +141,10 @@ def read_published(file: Path) -> PublishedFile:
             f"{file}: cannot read the file ({error.strerror}); expected a published .pth"
         ) from error
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
+            warnings.simplefilter(
+                "ignore"
+            )  # of a pickle that torch did not write; read or refused
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes are instructions too, and fail in every way
         raise _unreadable(file, error) from error
@@ -171,7 +176,8 @@ def fit_weights(model: KNet, weights: Mapping[str, Tensor], source: str) -> dict
     """Return published weights under the names and in the types of `model`.
 
     Raises:
-        CheckpointError: A weight is left over, missing or of another shape; names the first.
+        CheckpointError: A weight is left over, missing, of another shape, or holds NaN or infinity;
+            names the first.
     """
     expected = model.state_dict()
     renamed, origins, unknown = rename(weights)
@@ -189,6 +195,12 @@ def fit_weights(model: KNet, weights: Mapping[str, Tensor], source: str) -> dict
         raise CheckpointError(
             f"{source}: weights do not fit the model: {_few(problems)}; describe it by a recipe "
             f"(--recipe), or use an unchanged published file"
+        )
+    spoilt = [origins[name] for name, tensor in renamed.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise CheckpointError(
+            f"{source}: holds NaN or infinity in {_few(spoilt)}; expected finite weights: fetch the "
+            f"file again"
         )
     return {name: tensor.to(expected[name].dtype).contiguous() for name, tensor in renamed.items()}
 
@@ -231,8 +243,10 @@ def _categories(
             f"{found} for {published.num_classes} classes: called class_0, class_1, ... here",
         )
         names = [f"class_{label}" for label in range(published.num_classes)]
+    numbers = category_ids(published.num_things, published.num_classes)
     return tuple(
-        Category(label + 1, name, label < published.num_things) for label, name in enumerate(names)
+        Category(number, name, label < published.num_things)
+        for label, (number, name) in enumerate(zip(numbers, names, strict=True))
     ), notes
 
 

@@ -25,6 +25,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 COCO_THINGS = 80
 COCO_PANOPTIC_CLASSES = 133
+_COCO_THING_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+"""Ids from 1 to 90 that COCO's 80 things leave out."""
+_COCO_STUFF_IDS = (
+    *(92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145),
+    *(147, 148, 149, 151, 154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181),
+    *range(184, 201),
+)
 
 _RESNETS: Mapping[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 """Blocks of each stage, and timm's name."""
@@ -136,6 +143,14 @@ def infer(
     return Published(
         model=model, num_classes=num_classes, num_things=num_things, evidence=evidence
     )
+
+
+def category_ids(num_things: int, num_classes: int) -> tuple[int, ...]:
+    """Return the ids of a model's classes in result files: COCO's own, else 1, 2, ..."""
+    if num_things == COCO_THINGS and num_classes in (COCO_THINGS, COCO_PANOPTIC_CLASSES):
+        things = (number for number in range(1, 91) if number not in _COCO_THING_GAPS)
+        return (*things, *_COCO_STUFF_IDS)[:num_classes]
+    return tuple(range(1, num_classes + 1))
 
 
 def published_recipe(model: ModelConfig) -> Recipe:

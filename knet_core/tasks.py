@@ -15,6 +15,8 @@ from knet_core.semantic_criterion import semantic_criterion
 from knet_core.structures import ImageSize, KNetOutput, LossTerms, Prediction, StageOutput, Targets
 
 _FIRST_UPDATE = 1
+_PUBLISHED_RANK = 0.1
+"""Weight of the rank loss in the panoptic recipes; the instance recipes have none (spec 3.4)."""
 
 
 class TaskHead(Protocol):
@@ -45,9 +47,8 @@ class InstanceTask:
 
     def criterion(self, output: KNetOutput, targets: Sequence[Targets]) -> LossTerms:
         """Return the losses of matched kernels."""
-        weights = replace(self.loss, rank=0.0)  # published for the panoptic task only
         return kernel_criterion(
-            output, targets, weights, num_things=self.num_things, compat=self.compat
+            output, targets, self.loss, num_things=self.num_things, compat=self.compat
         )
 
     def postprocess(
@@ -112,10 +113,12 @@ def build_task(recipe: Recipe, *, num_things: int) -> TaskHead:
     """Return the task that a recipe names."""
     if recipe.model.task == "semantic":
         return SemanticTask(loss=recipe.loss)
-    kind = InstanceTask if recipe.model.task == "instance" else PanopticTask
-    return kind(
-        num_things=num_things, loss=recipe.loss, evaluation=recipe.eval, compat=recipe.compat
-    )
+    panoptic = recipe.model.task == "panoptic"
+    loss = recipe.loss
+    if loss.rank is None:
+        loss = replace(loss, rank=_PUBLISHED_RANK if panoptic else 0.0)
+    kind = PanopticTask if panoptic else InstanceTask
+    return kind(num_things=num_things, loss=loss, evaluation=recipe.eval, compat=recipe.compat)
 
 
 def _with_classes(output: KNetOutput, stage: int) -> StageOutput:

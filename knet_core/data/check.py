@@ -97,7 +97,7 @@ def check_data(
     if config.format in _LISTERS:
         splits = _look(config, findings, sample, seed, progress or _silent)
         findings += compare_pictures(_pictures(splits))
-        if len(splits) == 2:
+        if len(splits) == 2 and all(split.listing.annotated for split in splits):
             one, other = splits
             findings += compare_categories(
                 other.files.annotations, one.listing.categories, other.listing.categories
@@ -265,7 +265,10 @@ def _picture(splits: Sequence[_Split], config: DataConfig, task: Task, seed: int
         sound = [
             entry
             for entry, inspection in zip(split.chosen, split.inspections, strict=True)
-            if entry.path is not None and not inspection.findings
+            if split.listing.annotated
+            and entry.path is not None
+            and (entry.size if config.format == "coco" else entry.map) is not None
+            and not inspection.findings
         ]
         if sound:
             chosen = _choose(tuple(sound), _PICTURES, seed)

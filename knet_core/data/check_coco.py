@@ -49,8 +49,8 @@ def list_coco(files: SplitFiles, config: DataConfig, notes: Notes) -> Listing | 
     found = _read(files, "instances", take, notes)
     if found is None:
         return None
-    categories = _categories(found["categories"], notes, kinds=False)
-    images = list(_images(found["images"], files, notes))
+    categories = _categories(found.categories, notes, kinds=False)
+    images = list(_images(found.images, files, notes))
     for number in repeated(name for name, *_ in rows if isinstance(name, int)):
         notes.add("duplicate-id", number, f"annotation id {number} is listed twice")
     known = {image.id for image in images}
@@ -83,14 +83,13 @@ def list_coco(files: SplitFiles, config: DataConfig, notes: Notes) -> Listing | 
             )
             for image in images
         ),
+        annotated=found.annotated,
     )
 
 
 def list_panoptic(files: SplitFiles, config: DataConfig, notes: Notes) -> Listing | None:
     """List COCO panoptic; None where the file cannot be read at all."""
     folder = files.annotations.with_suffix("")
-    if not folder.is_dir():
-        notes.add("missing-files", None, f"no folder {folder} of the segments' PNGs")
     rows: list[tuple[Any, str, list[Any]]] = []
 
     def take(position: int, entry: Any) -> None:
@@ -107,8 +106,16 @@ def list_panoptic(files: SplitFiles, config: DataConfig, notes: Notes) -> Listin
     found = _read(files, "panoptic", take, notes)
     if found is None:
         return None
-    categories = _categories(found["categories"], notes, kinds=True)
-    images = {image.id: image for image in _images(found["images"], files, notes)}
+    categories = _categories(found.categories, notes, kinds=found.annotated)
+    images = {image.id: image for image in _images(found.images, files, notes)}
+    if not found.annotated:
+        listed = tuple(
+            Entry(id=image.id, path=image.path, size=image.size, listed_in=files.annotations)
+            for image in images.values()
+        )
+        return Listing(categories=categories, entries=listed, annotated=False)
+    if not folder.is_dir():
+        notes.add("missing-files", None, f"no folder {folder} of the segments' PNGs")
     label = {category.id: position for position, category in enumerate(categories)}
     folders = Folders([files.root, folder])
     entries: dict[Id, Entry] = {}
@@ -140,27 +147,43 @@ class _Image:
     size: tuple[int, int] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    images: list[Any]
+    categories: list[Any]
+    annotated: bool
+    """Whether the file has a list of annotations."""
+
+
 def _read(
     files: SplitFiles, kind: str, take: Callable[[int, Any], None], notes: Notes
-) -> dict[str, list[Any]] | None:
+) -> _File | None:
     """Return a COCO file's images and categories; its annotations are handed over."""
-    lists: dict[str, list[Any]] = {"images": [], "categories": []}
+    images: list[Any] = []
+    categories: list[Any] = []
     consumers = {
-        "images": lambda _, entry: lists["images"].append(entry),
-        "categories": lambda _, entry: lists["categories"].append(entry),
+        "images": lambda _, entry: images.append(entry),
+        "categories": lambda _, entry: categories.append(entry),
         "annotations": take,
     }
     try:
         missing = consumers.keys() - read_lists(files.annotations, kind, consumers)
-        if kind == "instances" and lists["images"]:
-            missing -= {"annotations"}  # as in test-dev; where it matters the loader refuses it
     except DataError as error:
         text = str(error).removeprefix(f"{files.annotations}: ")
         notes.add("unreadable-annotations", None, text)
         return None
+    annotated = "annotations" not in missing
+    if not annotated and images:  # of a training split the loader refuses it
+        missing -= {"annotations"}
+        notes.add(
+            "no-annotations",
+            None,
+            f"lists {len(images)} images and no annotations: knet eval --save-predictions "
+            f"predicts them, nothing can be scored",
+        )
     for name in sorted(missing):
         notes.add("unreadable-annotations", None, f"no list named {name!r}; expected COCO {kind}")
-    return lists
+    return _File(images=images, categories=categories, annotated=annotated)
 
 
 def _categories(entries: list[Any], notes: Notes, *, kinds: bool) -> tuple[Category, ...]:

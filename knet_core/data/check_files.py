@@ -55,6 +55,8 @@ class Listing:
 
     categories: tuple[Category, ...]
     entries: tuple[Entry, ...]
+    annotated: bool = True
+    """False: a file that lists images alone."""
 
 
 def list_semantic_folder(files: SplitFiles, config: DataConfig, notes: Notes) -> Listing | None:

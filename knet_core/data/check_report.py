@@ -44,6 +44,7 @@ CHECK_WARNINGS = {
     "overlapping-masks": "two objects of an image with an IoU of 0.8 or more",
     "duplicate-image": "the same picture twice in one split",
     "tiny-image": "a side below 32 pixels; training drops the image",
+    "no-annotations": "a file that lists images alone, as of test-dev: to predict, not to score",
     "too-many-instances": "images with more objects than model.num_kernels can find",
 }
 """Codes of what is legal but worth a look, with their meaning."""

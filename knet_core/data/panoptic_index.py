@@ -84,7 +84,8 @@ def read_panoptic_index(files: SplitFiles, *, training: bool = True) -> Panoptic
         return index
     reader = _Annotations(problems)
     images, classes, annotated = parse(files.annotations, "panoptic", reader.add, needed=training)
-    categories = read_categories(classes, problems, kinds=True)
+    # COCO's test-dev file does not tell things from stuff.
+    categories = read_categories(classes, problems, kinds=annotated)
     image_ids, file_names, sizes = read_images(images, problems)
     columns = reader.columns(categories)
     place = {number: position for position, number in enumerate(image_ids)}

@@ -102,7 +102,11 @@ def score_panoptic(
     found = _read_maps(predicted, roots[1], label, problems, least_id=0)
     for image_id in found.keys() - known.keys() - sizes.keys():
         problems.add(f"image {image_id}", f"not in {gt_json}; expected predictions for its images")
-    for image_id in known.keys() - found.keys():
+    if not found:
+        problems.add(
+            "annotations", f"none; expected one for each of {len(known)} images of {gt_json}"
+        )
+    for image_id in known.keys() - found.keys() if found else ():
         problems.add(f"image {image_id}", "no prediction; expected one for every annotated image")
     problems.raise_all()
     pairs = [
@@ -166,11 +170,13 @@ def _read_maps(
         where = f"image {image_id}"
         if image_id in found:
             problems.add(where, "annotated twice; expected one annotation an image")
+        path = root
         if fault := name_fault(root, get(entry, "file_name")):
             problems.add(where, fault)
-            continue
+        else:
+            path = root / entry["file_name"]
         found[image_id] = _Map(
-            path=root / entry["file_name"],
+            path=path,
             **_columns(segments, where, label, problems, least_id),
         )
     return found

@@ -1,7 +1,9 @@
 """Published checkpoints: read without running their code, every key placed or named."""
 
 import dataclasses
+import json
 import os
+import pickle
 import re
 
 import numpy as np
@@ -27,7 +29,7 @@ from knet_core import (
 from knet_core.data.source import Category
 from knet_core.models.knet import build_model
 from knet_core.official import PublishedFile, fit_weights, left_out
-from knet_core.official_config import infer, published_recipe
+from knet_core.official_config import category_ids, infer, published_recipe
 from knet_core.official_names import constants, name_here, to_timm_merging, window_index
 
 DETECTION = {"stages": 3, "channels": 256, "num_kernels": 100, "grouping": "hard"}
@@ -270,6 +272,16 @@ def test_things_come_first_and_stuff_follows(write, recipe, tmp_path):
     assert load_model(tmp_path / "out")(torch.zeros(1, 3, 64, 64)).stages[0].masks.shape[1] == 11
 
 
+@pytest.mark.parametrize("num_classes", [80, 133])
+def test_ids_of_cocos_classes_are_cocos_own(real_data, num_classes):
+    """Result files of an import name categories as the official server does."""
+    path = real_data("coco_panoptic") / "annotations" / "panoptic_val2017.json"
+    categories = json.loads(path.read_text())["categories"]
+    expected = [c["id"] for c in categories if c["isthing"] or num_classes == 133]
+    assert list(category_ids(80, num_classes)) == expected
+    assert category_ids(1, 3) == (1, 2, 3)
+
+
 def test_what_is_left_out_is_said(write, recipe, tmp_path):
     file = write(optimizer={"state": {}, "param_groups": []}, ema=1)
     (_, note) = import_official(file, tmp_path / "out", recipe).notes
@@ -316,6 +328,14 @@ def test_no_code_of_a_file_runs_and_the_refused_name_is_told(write, recipe, tmp_
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_pickle_that_torch_did_not_write_is_one_line(tmp_path, recwarn):
+    file = tmp_path / "plain.pth"
+    file.write_bytes(pickle.dumps({"state_dict": Harmful(tmp_path / "harm")}, protocol=4))
+    assert str(file) in refusal(file, tmp_path / "out")
+    assert not (tmp_path / "harm").exists()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_cut_short_is_one_line(tmp_path, zipped):
     """Wherever it ends, in either of torch's formats."""
@@ -341,6 +361,14 @@ def test_other_content_is_one_line(recipe, tmp_path):
     assert "list" in refusal(file, tmp_path / "out")
     torch.save({"state_dict": {"fc.weight": 3}}, file)
     assert "fc.weight" in refusal(file, tmp_path / "out")
+
+
+def test_weights_that_are_no_numbers_are_named(write, recipe, tmp_path):
+    def spoil(weights):
+        weights["neck.fpn_convs.0.conv.bias"].view(-1)[0] = float("nan")
+
+    line = refusal(write(spoil), tmp_path / "out", recipe)
+    assert "NaN or infinity in neck.fpn_convs.0.conv.bias;" in line
 
 
 def test_keys_without_a_place_missing_and_misshapen_are_named(write, recipe, tmp_path):

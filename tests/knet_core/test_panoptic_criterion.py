@@ -12,7 +12,7 @@ from knet_core import LossConfig
 from knet_core.criterion import kernel_criterion
 from knet_core.structures import IGNORE, KNetOutput, StageOutput, Targets
 
-WEIGHTS = LossConfig()
+WEIGHTS = LossConfig(rank=0.1)
 N, THINGS, STUFF = 5, 3, 2
 CLASSES = THINGS + STUFF
 H, W = 32, 64

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knet_platform.cli.inference import add_device, chosen_device
 from knet_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ examples:
 A recipe's weights are random: only its post-processing depends on them. Nothing is loaded from a
 data set. Convolutions are prepared as for knet eval."""
 
-CLASSES = {"coco": (80, 0), "coco_panoptic": (80, 53), "ade20k": (0, 150), "shapes": (6, 4)}
+CLASSES = {
+    "coco": (80, 0),
+    "coco_panoptic": (80, 53),
+    "ade20k": (0, 150),
+    "cityscapes": (8, 11),
+    "shapes": (6, 4),
+}
 """(things, stuff) of the data that a recipe names, since the data itself need not be there."""
 
 
@@ -42,10 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=_size, default=(800, 1216), metavar="HxW", help="pixels (default: 800x1216)"
     )
     parser.add_argument(
-        "--iterations", type=_count, default=400, help="images of a run (default: 400)"
+        "--iterations", type=_count, default=400, metavar="N", help="images per run (default: 400)"
     )
-    parser.add_argument("--runs", type=_count, default=3, help="runs to average (default: 3)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--runs", type=_count, default=3, metavar="N", help="runs to average (default: 3)"
+    )
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -53,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Raises:
-        UsageError: An override would change the model that a checkpoint holds.
+        UsageError: An override would change the model that a checkpoint holds, or there is no
+            such device.
     """
     import torch
 
     from knet_core import keep_freed_memory, measure_speed, prepare_for_inference
     from knet_platform.cli.output import status
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     keep_freed_memory()
     model = prepare_for_inference(_network(args.network, args.overrides).to(device))
     name = (
@@ -74,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         )
     values = {
         "network": str(args.network),
+        "classes": model.num_classes,
         "device": name,
         "torch": torch.__version__,
         "size": list(args.size),
@@ -100,6 +111,8 @@ def _network(path: Path, overrides: list[str]) -> "KNet":
     weights = ("model.backbone.pretrained=false", "model.backbone.checkpoint=null")
     recipe = load_recipe(path, overrides=[*overrides, *weights])
     things, stuff = CLASSES[recipe.data.format]
+    if recipe.data.classes:
+        stuff = len(recipe.data.classes)
     if recipe.model.task == "instance":
         stuff = 0
     return build_model(recipe, [_Kind(True)] * things + [_Kind(False)] * stuff)

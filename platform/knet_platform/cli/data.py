@@ -9,6 +9,13 @@ from knet_platform.cli.data_check import add_check, run_check
 EXAMPLES = """\
 examples:
   knet data make-shapes demo/shapes
+  knet data check sweeps/data/coco.yaml data.root=/data/coco
+  knet data convert via balloon/train/via_region_data.json balloon/annotations/instances_train.json
+  knet data check --help"""
+
+SHAPES_EXAMPLES = """\
+examples:
+  knet data make-shapes demo/shapes
   knet data make-shapes demo/shapes --train 1000 --val 200 --size 128 --seed 0"""
 
 CONVERT_EXAMPLES = """\
@@ -25,14 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the synthetic set",
         description="Write the synthetic set: COCO instances, COCO panoptic and ADE20K-style "
         "semantic layouts at once; the same bytes for the same seed.",
-        epilog=EXAMPLES,
+        epilog=SHAPES_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shapes.add_argument("directory", type=Path, metavar="DIR", help="a new or empty folder")
-    shapes.add_argument("--train", type=int, default=256, help="training images (default: 256)")
-    shapes.add_argument("--val", type=int, default=64, help="validation images (default: 64)")
-    shapes.add_argument("--size", type=int, default=128, help="pixels a side (default: 128)")
-    shapes.add_argument("--seed", type=int, default=0, help="another seed, another set")
+    for option, default, what in (
+        ("--train", 256, "training images"),
+        ("--val", 64, "validation images"),
+        ("--size", 128, "height and width in pixels"),
+        ("--seed", 0, "another seed, another set"),
+    ):
+        shapes.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
     shapes.add_argument("--json", action="store_true", help="print what was written as JSON")
     _add_convert(actions)
     add_check(actions)
@@ -48,15 +60,23 @@ def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
-    via = kinds.add_parser("via", help="polygons of the VGG Image Annotator")
-    via.add_argument("source", type=Path, metavar="SRC", help="its JSON, beside the images")
-    via.add_argument("--class-attribute", help="region attribute that holds the class")
+    via = kinds.add_parser("via", help="polygons of the VGG Image Annotator (VIA)")
+    via.add_argument("source", type=Path, metavar="FILE", help="VIA's JSON, beside the images")
+    via.add_argument(
+        "--class-attribute",
+        metavar="NAME",
+        help="region attribute that holds the class (default: all are one class)",
+    )
     masks = kinds.add_parser("index-masks", help="masks whose pixels hold the object's number")
     masks.add_argument("images", type=Path, metavar="IMAGES", help="folder of the images")
-    masks.add_argument("masks", type=Path, metavar="MASKS", help="folder of masks so named")
+    masks.add_argument(
+        "masks", type=Path, metavar="MASKS", help="folder of the masks, named like the images"
+    )
     for kind in (via, masks):
         kind.add_argument("out", type=Path, metavar="OUT", help="the COCO file to write")
-        kind.add_argument("--name", default="object", help="of the only class (default: object)")
+        kind.add_argument(
+            "--name", default="object", help="name of the only class (default: object)"
+        )
         kind.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 

@@ -170,7 +170,7 @@ def _show_classes(console: "Console", report: "CheckReport") -> None:
     totals: Counter[str] = Counter()
     for split in splits.values():
         totals.update(split.classes)
-    if not totals:
+    if not totals.total():
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("class")

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from knet_core import CheckpointError
@@ -61,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print the metrics.
 
     Raises:
-        CheckpointError: The checkpoint was trained on other categories than the data has.
+        CheckpointError: The checkpoint was trained on other categories than the data has. Data
+            without annotations need not have them: results are in the checkpoint's.
         DataError: The data has no annotations, and more than saving predictions is asked.
-        UsageError: An override would change the model that the checkpoint holds, or there is no
-            folder for the picture, or the folder for predictions exists.
+        UsageError: An override would change the model that the checkpoint holds, there is no
+            folder for the picture, the folder for predictions exists, or a semantic model is
+            asked for its instance kernels.
     """
     from knet_core import (
         ResultWriter,
@@ -96,13 +100,14 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint / "recipe.yaml", overrides=[f"data={args.data}", *args.overrides]
     )
     dataset = build_dataset(recipe.data, "val", seed=recipe.seed, task=recipe.model.task)
-    trained = [category.name for category in state.categories]
-    measured = [category.name for category in dataset.categories]
-    if trained != measured:
-        raise CheckpointError(
-            f"{args.checkpoint}: trained on {_list(trained)}, but {args.data} has "
-            f"{_list(measured)}; expected the same categories in the same order"
+    if args.kernel_maps is not None and recipe.model.task == "semantic":
+        raise UsageError(
+            f"--kernel-maps: {args.checkpoint} is a semantic model, with one kernel per class and "
+            f"no instance kernels; leave it out"
         )
+    if dataset.annotated:
+        trained = [category.name for category in state.categories]
+        _require_same(args.checkpoint, trained, args.data, [c.name for c in dataset.categories])
     scored = dataset.annotated or args.save_predictions is None or args.per_stage
     device = chosen_device(args.device)
     num_workers = recipe.data.num_workers
@@ -111,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         save = None
         if args.save_predictions is not None:
             folder = stack.enter_context(new_folder(args.save_predictions))
-            save = stack.enter_context(ResultWriter(folder, dataset.categories)).add
+            save = stack.enter_context(ResultWriter(folder, state.categories)).add
 
         stack.enter_context(status(f"evaluating {len(dataset)} images on {device}"))
         loaded = load_model(args.checkpoint, device=device, evaluation=recipe.eval)
@@ -143,7 +148,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(names: list[str]) -> str:
-    """Return the number of names and the first few."""
-    count = "1 category" if len(names) == 1 else f"{len(names)} categories"
-    return f"{count} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+def _require_same(
+    checkpoint: Path, trained: Sequence[str], data: Path, measured: Sequence[str]
+) -> None:
+    """Compare the classes of a checkpoint with those of a data set.
+
+    Raises:
+        CheckpointError: They differ; names the first that does.
+    """
+    for place, (ours, theirs) in enumerate(itertools.zip_longest(trained, measured), start=1):
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint}: trained on {_count(trained)}, but {data} has {_count(measured)}; "
+                f"the first to differ, number {place}, is {ours or 'none'} there and "
+                f"{theirs or 'none'} here; expected the same categories in the same order"
+            )
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 category" if len(names) == 1 else f"{len(names)} categories"

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knet_platform.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,10 +22,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_device(name: str | None) -> "torch.device":
-    """Return the device of a name, or a GPU if there is one."""
+    """Return the device of a name, or a GPU if there is one.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
     import torch
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in there and not (name == "cuda" and len(there) > 1):
+        raise UsageError(f"--device: {name}; expected one of this machine's: {', '.join(there)}")
+    return torch.device(name)
 
 
 def refused_overrides(overrides: Iterable[str]) -> list[str]:

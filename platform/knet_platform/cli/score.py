@@ -22,20 +22,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     panoptic = tasks.add_parser("panoptic", help="panoptic quality of COCO panoptic files")
     for side, what in (("gt", "ground truth"), ("pred", "predictions")):
-        panoptic.add_argument(f"--{side}-json", type=Path, required=True, help=what)
-        panoptic.add_argument(f"--{side}-dir", type=Path, required=True, help=f"PNGs of {what}")
+        panoptic.add_argument(
+            f"--{side}-json", type=Path, required=True, metavar="FILE", help=f"JSON of {what}"
+        )
+        panoptic.add_argument(
+            f"--{side}-dir", type=Path, required=True, metavar="DIR", help=f"PNGs of {what}"
+        )
     instance = tasks.add_parser("instance", help="average precision of COCO results")
-    instance.add_argument("--gt", type=Path, required=True, help="COCO instance JSON")
-    instance.add_argument("--pred", type=Path, required=True, help="COCO result JSON")
+    instance.add_argument(
+        "--gt", type=Path, required=True, metavar="FILE", help="COCO instance JSON"
+    )
+    instance.add_argument(
+        "--pred", type=Path, required=True, metavar="FILE", help="COCO results JSON"
+    )
     instance.add_argument(
         "--iou-type", choices=("segm", "bbox"), default="segm", help="masks (default) or boxes"
     )
     semantic = tasks.add_parser("semantic", help="mean IoU of label PNGs of the same names")
-    semantic.add_argument("--gt-dir", type=Path, required=True, help="ground truth")
-    semantic.add_argument("--pred-dir", type=Path, required=True, help="predictions")
-    semantic.add_argument("--num-classes", type=int, required=True, help="labels are 0 to N - 1")
     semantic.add_argument(
-        "--ignore-index", type=int, default=255, help="true label that does not count (255)"
+        "--gt-dir", type=Path, required=True, metavar="DIR", help="label PNGs of ground truth"
+    )
+    semantic.add_argument(
+        "--pred-dir", type=Path, required=True, metavar="DIR", help="label PNGs of predictions"
+    )
+    semantic.add_argument(
+        "--num-classes", type=int, required=True, metavar="N", help="labels are 0 to N - 1"
+    )
+    semantic.add_argument(
+        "--ignore-index",
+        type=int,
+        default=255,
+        metavar="LABEL",
+        help="true label that does not count (default: 255)",
     )
     semantic.add_argument(
         "--reduce-zero-label",
@@ -48,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predicted pixels hold label + 1, as knet writes them for ADE20K's server",
     )
     for task in (panoptic, semantic):
-        task.add_argument("--workers", type=int, help="processes (default: one a core)")
+        task.add_argument(
+            "--workers", type=int, metavar="N", help="processes (default: one per core)"
+        )
     for task in (panoptic, instance, semantic):
         task.add_argument("--json", action="store_true", help="print the scores as JSON")
 

@@ -34,13 +34,18 @@ ARM = "train"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("recipe", type=Path, help="a file such as those of sweeps/recipes")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="recipe values that win over all files"
+        "recipe", type=Path, metavar="RECIPE", help="a file such as those of sweeps/recipes"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="k=v", help="recipe values that win over all files"
     )
     parser.add_argument("--scale", metavar="NAME", help="a file of sweeps/scales, or its path")
     parser.add_argument(
-        "--output", type=Path, help="folder of the checkpoints (default: KNET_HOME/runs/<hash>)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the checkpoints (default: KNET_HOME/runs/<hash>)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -325,9 +325,46 @@ def test_a_file_of_images_alone_serves_evaluation_but_not_training(
         path.write_text(json.dumps(document))
     for path in Path(config.root, "val").iterdir():
         Image.new("RGB", (64, 48), (0, 0, int(path.stem))).save(path, format="PNG")
-    found = check_data(config).errors
-    assert [f.code for f in found] == ["refused-by-loader"]
-    assert found[0].file.endswith("instances_train.json")
+    report = check_data(config)
+    assert [f.code for f in report.errors] == ["refused-by-loader"]
+    assert report.errors[0].file.endswith("instances_train.json")
+    assert [f.code for f in report.warnings] == ["no-annotations", "no-annotations"]
+
+
+def test_a_test_set_beside_panoptic_training_images_is_told_from_a_fault(
+    real_set: RealSet, tmp_path: Path
+) -> None:
+    """COCO's test-dev file lists the things alone, without `isthing`, and has no maps."""
+    config = copied(real_set("coco_panoptic", "coco_panoptic"), tmp_path / "set")
+    annotations = tmp_path / "set" / "annotations"
+    document = json.loads((annotations / "panoptic_val2017.json").read_text())
+    things = [{"id": c["id"], "name": c["name"]} for c in document["categories"] if c["isthing"]]
+    path = annotations / "image_info_test-dev2017.json"
+    path.write_text(json.dumps({"images": document["images"], "categories": things}))
+    split = SplitConfig(images=("val2017",), annotations=(f"annotations/{path.name}",))
+    report = check_data(dataclasses.replace(config, val=split), sample=2)
+    assert report.errors == ()
+    assert ("no-annotations", path.name, None) in named(report)
+    assert report.stats.splits["val"].images == 50
+
+
+@pytest.mark.parametrize("name", ["coco_panoptic", "coco"])
+def test_images_whose_masks_cannot_be_drawn_are_left_out_of_the_picture(
+    real_set: RealSet, tmp_path: Path, name: str
+) -> None:
+    config = copied(real_set(name, "coco_panoptic"), tmp_path / "set")
+    annotations = tmp_path / "set" / "annotations"
+    if name == "coco_panoptic":
+        for path in sorted((annotations / "panoptic_train2017").iterdir())[1:]:
+            path.unlink()
+    else:
+        path = annotations / "instances_train2017.json"
+        document = json.loads(path.read_text())
+        for image in document["images"][1:]:
+            del image["height"]
+        path.write_text(json.dumps(document))
+    report = check_data(config, picture=True)
+    assert report.picture is not None
 
 
 def test_figures_count_objects_and_suggest_kernels(

@@ -241,11 +241,17 @@ def test_an_image_without_prediction_is_named(files: Files) -> None:
     assert "image 2: no prediction" in line
 
 
+def test_a_file_without_predictions_is_one_line(files: Files) -> None:
+    files.pred["annotations"] = []
+    (line,) = files.problems()
+    assert "annotations: none; expected one for each of 3 images" in line
+
+
 @pytest.mark.parametrize("name", ["../gt/1.png", "/etc/passwd", "link.png", "", "a\0b", None, 7])
 def test_nothing_outside_the_folder_is_read(files: Files, name: Any) -> None:
     (files.root / "pred" / "link.png").symlink_to(files.root / "gt" / "1.png")
     files.pred["annotations"][0]["file_name"] = name
-    line = files.problems()[0]
+    (line,) = files.problems()
     assert "image 1: file_name" in line
 
 

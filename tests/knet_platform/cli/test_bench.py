@@ -62,3 +62,17 @@ def test_a_bad_number_is_a_usage_error_that_names_it(
     printed = capsys.readouterr().err
     assert option in printed
     assert repr(value) in printed
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [
+        (["data.format=cityscapes", "model.task=panoptic"], 19),
+        (["data.format=ade20k", "data.classes=[road,sky]", "model.task=semantic"], 2),
+    ],
+)
+def test_classes_follow_from_the_data_of_the_recipe(
+    recipe: Path, values: list[str], classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(recipe), *values, *SHORT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"] == classes

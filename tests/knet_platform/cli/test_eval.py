@@ -50,8 +50,8 @@ def test_other_categories_are_one_line_that_names_both(
     data.write_text(f"format: coco\nroot: {tmp_path}\n")
     assert main(["eval", str(checkpoint), str(data)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "circle" in line
-    assert "zebra" in line
+    assert "6 categories" in line
+    assert "number 1, is circle there and zebra here" in line
 
 
 def test_settings_of_the_model_are_refused(
@@ -91,6 +91,29 @@ def test_kernel_maps_are_a_picture_of_every_instance_kernel(
     missing = tmp_path / "nowhere" / "kernels.png"
     assert main(["eval", str(checkpoint), str(data), "--kernel-maps", str(missing)]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_semantic_model_has_no_kernel_maps_and_is_not_evaluated_for_them(
+    recipe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*TASKS["semantic"], "train.iterations=1"]
+    checkpoint = fit(load_recipe(recipe, overrides=settings), output_dir=tmp_path / "run")
+    picture = tmp_path / "kernels.png"
+    command = ["eval", str(checkpoint.checkpoint), str(data), "data.shapes.num_val=1"]
+    assert main([*command, "--kernel-maps", str(picture)]) == 2
+    captured = capsys.readouterr()
+    assert "no instance kernels" in captured.err
+    assert captured.out == ""
+    assert not picture.exists()
+
+
+def test_a_device_that_is_not_there_is_one_line(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(checkpoint), str(data), "--device", "cuda:77"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--device: cuda:77" in line
+    assert "cpu" in line
 
 
 TASKS = {
@@ -161,12 +184,12 @@ def test_saved_predictions_score_as_the_evaluation_says(
 def test_images_without_annotations_are_predicted_and_not_scored(
     task: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As COCO's test-dev: a file of images and categories, and no folder of maps."""
+    """As COCO's test-dev: a file of images and things, for every task, and no folder of maps."""
     root = tmp_path / "set"
     make_shapes(root, num_train=1, num_val=3, size=64)
-    kind = "instances" if task == "instance" else "panoptic"
-    document = json.loads((root / "annotations" / f"{kind}_val.json").read_text())
+    document = json.loads((root / "annotations" / "instances_val.json").read_text())
     del document["annotations"]
+    stated = json.loads((root / "annotations" / "panoptic_val.json").read_text())["categories"]
     (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(document))
     (root / "val").rename(root / "test2017")
     settings = [*TASKS[task], "train.iterations=1"]
@@ -190,8 +213,10 @@ def test_images_without_annotations_are_predicted_and_not_scored(
     else:
         assert {path.stem for path in (saved / task).iterdir()} == names
     if task == "panoptic":
-        found = json.loads((saved / "panoptic.json").read_text())["annotations"]
+        written = json.loads((saved / "panoptic.json").read_text())
+        found = written["annotations"]
         assert {entry["image_id"] for entry in found} == {i["id"] for i in document["images"]}
+        assert [c["id"] for c in written["categories"]] == [c["id"] for c in stated]
 
 
 def test_an_evaluation_that_fails_leaves_no_folder(
