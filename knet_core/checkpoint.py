@@ -128,7 +128,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     """Copy a checkpoint's weights into a model of the same architecture.
 
     Raises:
-        CheckpointError: The file is missing, cut short, or belongs to another model.
+        CheckpointError: The file is missing, cut short, not finite, or belongs to another model.
     """
     file = directory / MODEL_FILE
     try:
@@ -142,6 +142,11 @@ def load_weights(model: nn.Module, directory: Path) -> None:
             f"{file}: weights of another model: {'; '.join(differences[:_MOST_NAMED])}"
             f"{f'; and {rest} more' if rest > 0 else ''}; "
             f"use the checkpoint of a run with this recipe"
+        )
+    if spoilt := [name for name, weight in found.items() if not weight.isfinite().all()]:
+        raise CheckpointError(
+            f"{file}: {len(spoilt)} weights hold NaN or infinity, the first is {spoilt[0]}; "
+            f"expected finite ones: use another checkpoint of the run"
         )
     model.load_state_dict(found)
 

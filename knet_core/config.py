@@ -315,6 +315,22 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _check(
             (self.lr > 0, f"optim.lr: must be > 0, got {self.lr}"),
+            (
+                self.backbone_lr_factor >= 0,
+                f"optim.backbone_lr_factor: must be >= 0, got {self.backbone_lr_factor}",
+            ),
+            (
+                all(0 <= beta < 1 for beta in self.betas),
+                f"optim.betas: must be >= 0 and < 1, got {list(self.betas)}",
+            ),
+            (
+                0 < self.warmup_factor <= 1,
+                f"optim.warmup_factor: must be > 0 and <= 1, got {self.warmup_factor}",
+            ),
+            (
+                0 < self.decay_factor <= 1,
+                f"optim.decay_factor: must be > 0 and <= 1, got {self.decay_factor}",
+            ),
             (self.weight_decay >= 0, f"optim.weight_decay: must be >= 0, got {self.weight_decay}"),
             (
                 self.warmup_iterations >= 0,

@@ -131,8 +131,8 @@ def read_published(file: Path) -> PublishedFile:
     """Return what a published file holds; no code of the file is run.
 
     Raises:
-        CheckpointError: The file is missing, cut short, or holds other things than weights, text
-            and numbers.
+        CheckpointError: The file is missing, cut short, or holds other things than finite weights,
+            text and numbers.
     """
     try:
         file.open("rb").close()
@@ -142,9 +142,7 @@ def read_published(file: Path) -> PublishedFile:
         ) from error
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
-            warnings.simplefilter(
-                "ignore"
-            )  # of a pickle that torch did not write; read or refused
+            warnings.simplefilter("ignore")  # of a pickle that torch did not write
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes are instructions too, and fail in every way
         raise _unreadable(file, error) from error
@@ -158,6 +156,12 @@ def read_published(file: Path) -> PublishedFile:
     odd = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
     if odd:
         raise CheckpointError(f"{file}: no tensors, where weights are expected: {_few(odd)}")
+    spoilt = [str(key) for key, tensor in weights.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise CheckpointError(
+            f"{file}: holds NaN or infinity in {_few(spoilt)}; expected finite weights: fetch the "
+            f"file again"
+        )
     meta = content.get("meta") if weights is not content else None
     names = meta.get("CLASSES") if isinstance(meta, dict) else None
     return PublishedFile(
@@ -176,8 +180,7 @@ def fit_weights(model: KNet, weights: Mapping[str, Tensor], source: str) -> dict
     """Return published weights under the names and in the types of `model`.
 
     Raises:
-        CheckpointError: A weight is left over, missing, of another shape, or holds NaN or infinity;
-            names the first.
+        CheckpointError: A weight is left over, missing or of another shape; names the first.
     """
     expected = model.state_dict()
     renamed, origins, unknown = rename(weights)
@@ -195,12 +198,6 @@ def fit_weights(model: KNet, weights: Mapping[str, Tensor], source: str) -> dict
         raise CheckpointError(
             f"{source}: weights do not fit the model: {_few(problems)}; describe it by a recipe "
             f"(--recipe), or use an unchanged published file"
-        )
-    spoilt = [origins[name] for name, tensor in renamed.items() if not tensor.isfinite().all()]
-    if spoilt:
-        raise CheckpointError(
-            f"{source}: holds NaN or infinity in {_few(spoilt)}; expected finite weights: fetch the "
-            f"file again"
         )
     return {name: tensor.to(expected[name].dtype).contiguous() for name, tensor in renamed.items()}
 

@@ -76,7 +76,10 @@ def find_split(config: DataConfig, split: Split) -> SplitFiles:
     )
     missing = []
     if annotations is None:
-        missing.append(_nothing_of("annotations", kind, split, root, candidates.annotations))
+        line = _nothing_of("annotations", kind, split, root, candidates.annotations)
+        alone = kind == "folder" and images is not None and split == "val"
+        hint = "; images without maps are for knet predict" if alone else ""
+        missing.append(f"{line}{hint}")
     if images is None:
         missing.append(_nothing_of("images", "folder", split, root, candidates.images))
     if annotations is None or images is None:

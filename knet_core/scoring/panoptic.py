@@ -103,9 +103,7 @@ def score_panoptic(
     for image_id in found.keys() - known.keys() - sizes.keys():
         problems.add(f"image {image_id}", f"not in {gt_json}; expected predictions for its images")
     if not found:
-        problems.add(
-            "annotations", f"none; expected one for each of {len(known)} images of {gt_json}"
-        )
+        problems.add("annotations", f"none; expected one for each of {len(known)} images")
     for image_id in known.keys() - found.keys() if found else ():
         problems.add(f"image {image_id}", "no prediction; expected one for every annotated image")
     problems.raise_all()

@@ -162,6 +162,16 @@ def test_a_file_cut_short_is_named(saved, name, kept):
     assert one_line(error).startswith(f"{saved / name}: cut short or damaged")
 
 
+def test_weights_that_are_no_numbers_are_named(tmp_path, tiny_recipe):
+    """They would score 0 without a word."""
+    model = build(tiny_recipe())
+    with torch.no_grad():
+        model.static.kernels.instance.weight[0] = float("nan")
+    save(tmp_path / "checkpoint_5", tiny_recipe(), model)
+    with pytest.raises(CheckpointError, match=r"NaN .* static\.kernels\.instance\.weight;"):
+        load_model(tmp_path / "checkpoint_5")
+
+
 def test_weights_of_another_model_are_named_with_their_shapes(saved, tmp_path, tiny_recipe):
     other = tmp_path / "checkpoint_6"
     save(other, tiny_recipe(model={"channels": 64, "stages": 3}))

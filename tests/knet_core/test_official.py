@@ -275,7 +275,7 @@ def test_things_come_first_and_stuff_follows(write, recipe, tmp_path):
 @pytest.mark.parametrize("num_classes", [80, 133])
 def test_ids_of_cocos_classes_are_cocos_own(real_data, num_classes):
     """Result files of an import name categories as the official server does."""
-    path = real_data("coco_panoptic") / "annotations" / "panoptic_val2017.json"
+    path = real_data / "coco_panoptic" / "annotations" / "panoptic_val2017.json"
     categories = json.loads(path.read_text())["categories"]
     expected = [c["id"] for c in categories if c["isthing"] or num_classes == 133]
     assert list(category_ids(80, num_classes)) == expected

@@ -78,6 +78,7 @@ def classes(report: CheckReport) -> go.Figure | None:
             for place, (name_of, split) in enumerate(report.stats.splits.items())
         ]
     )
+    figure.update_xaxes(dtick=1, tickangle=-60, tickfont={"size": 11})  # every class by its name
     unit = "pixels" if report.stats.task == "semantic" else "annotations"
     _finish(figure, "class", f"{unit} (logarithmic)", log=True)
     return figure
@@ -128,7 +129,7 @@ def _finish(figure: go.Figure, x_title: str, y_title: str, *, log: bool) -> None
         yaxis={
             "title": {"text": y_title},
             "gridcolor": grid,
-            "type": "log" if log else "linear",
+            **({"type": "log", "dtick": 1} if log else {}),  # a line at every power of ten
         },
         font={"family": "system-ui, sans-serif", "size": 13},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#2f81d8"},
