@@ -55,11 +55,16 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     for section, key in _NOT_HASHED:
         del values[section][key]
     backbone = values["model"]["backbone"]
-    weights = backbone["checkpoint"] and Path(backbone["checkpoint"])
-    if weights and weights.is_file():  # what is in it counts, not where it lies
-        stat = weights.stat()
-        backbone["checkpoint"] = _file_digest(weights, stat.st_size, stat.st_mtime_ns)
-    problems = list(_problems(values))
+    problems = []
+    if backbone["checkpoint"]:  # what is in it counts, not where it lies
+        weights = Path(backbone["checkpoint"])
+        backbone["checkpoint"] = None
+        if weights.is_file():
+            stat = weights.stat()
+            backbone["checkpoint"] = _file_digest(weights, stat.st_size, stat.st_mtime_ns)
+        else:
+            problems = [f"model.backbone.checkpoint: no file {weights}; expected one of weights"]
+    problems += _problems(values)
     if problems:
         raise ConfigError(problems)
     return values
@@ -96,12 +101,9 @@ def _problems(values: Any, key: str = "") -> Iterator[str]:
     elif isinstance(values, float) and not math.isfinite(values):
         yield f"{key}: {values} equals nothing, so no trial is found again; expected a number"
     elif isinstance(values, str) and Path(values).is_absolute():
-        expected = (
-            "an existing file" if key == "model.backbone.checkpoint" else "a path below data.root"
-        )
         yield (
             f"{key}: '{values}' is a path of one machine, so the trial would be another one "
-            f"elsewhere; expected {expected}"
+            f"elsewhere; expected a path below data.root"
         )
     elif not isinstance(values, str | int | float | None):
         kind = type(values).__name__

@@ -67,7 +67,7 @@ def test_of_backbone_weights_the_content_counts_not_the_place(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "problem"),
     [
-        (with_weights("/nowhere/a.pt"), "model.backbone.checkpoint: '/nowhere/a.pt' is a path of"),
+        (with_weights("/nowhere/a.pt"), "model.backbone.checkpoint: no file /nowhere/a.pt"),
         (Recipe(loss=LossConfig(dice=float("inf"))), "loss.dice: inf equals nothing"),
     ],
 )

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from knet_core import CheckpointError
@@ -144,8 +144,31 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         print(json.dumps(metrics, indent=2))
     else:
-        show_metrics(f"{args.checkpoint} on {args.data}, {len(dataset)} images", metrics)
+        title = f"{args.checkpoint} on {args.data}, {len(dataset)} images"
+        (_show_stages if args.per_stage else show_metrics)(title, metrics)
     return 0
+
+
+def _show_stages(title: str, metrics: Mapping[str, float]) -> None:
+    """Print one row per stage; the last is the model's result."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from knet_platform.cli.output import result_console
+    from knet_platform.metrics import METRICS
+
+    names = [name for name in metrics if name in METRICS]
+    table = Table("kernels", box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(METRICS[name].title, justify="right")
+    for stage in range(len(metrics) // len(names) - 1):
+        values = (metrics[name.replace("val/", f"val/stage{stage}/")] for name in names)
+        shown = (METRICS[name].show(value) for name, value in zip(names, values, strict=True))
+        table.add_row(f"update {stage}" if stage else "static", *shown)
+    console = result_console()
+    console.print(Text(title, style="bold"))
+    console.print(table)
 
 
 def _require_same(

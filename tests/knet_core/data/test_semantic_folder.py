@@ -89,9 +89,7 @@ def test_an_empty_folder_and_a_missing_one_are_one_line(semantic_folder: Folder)
     with pytest.raises(DataError, match=r"images: none; expected files ending in \.jpeg, \.jpg"):
         dataset_of(config)
     (root / "annotations" / "validation").rmdir()
-    with pytest.raises(
-        DataError, match=r"data\.val\.annotations: no folder found .* for knet predict"
-    ):
+    with pytest.raises(DataError, match=r"data\.val\.annotations: .* for knet predict"):
         dataset_of(config)
 
 
@@ -201,11 +199,12 @@ def test_every_real_image_loads(
         assert seen[classes:255].sum() == 0
         assert seen[:classes].sum() > 5 * seen[255]
     if name == "camvid":
-        names = (Path(config.root) / "classes.txt").read_text().split()
+        known = [[name] for name in (Path(config.root) / "classes.txt").read_text().split()]
     else:
         table = (Path(config.root) / "objectInfo150.txt").read_text().splitlines()[1:]
-        names = [row.split("\t")[-1].split(",")[0].strip() for row in table]
-    assert names == list(config.classes)
+        known = [[name.strip() for name in row.split("\t")[-1].split(",")] for row in table]
+    assert len(config.classes) == len(known)
+    assert all(name in names for name, names in zip(config.classes, known, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations"])
