@@ -10,7 +10,7 @@ rounds' ratios: how many times as long as ours the other takes.
   (`pq_by_panopticapi`): the table says which.
 - mIoU against a histogram per kind of count by torch.histc, as mmsegmentation computes it.
 - Mask AP by faster-coco-eval (ours) against pycocotools.
-- Panoptic quality and mIoU from files, over processes.
+- Panoptic quality and mIoU from files, and mask AP, over processes.
 
     python benchmarks/metrics.py --memory [--images 5000]
 
@@ -426,8 +426,8 @@ def main() -> None:
         write_label_maps(files, maps, 1 if args.quick else 10)
         truth, found = detection_set(20 if args.quick else 500, 20)
 
-        def ap(engine: Any) -> dict[str, float | None]:
-            return average_precision(truth, lambda key: found[key], engine=engine)
+        def ap(engine: Any = "faster-coco-eval", workers: int = 1) -> dict[str, float | None]:
+            return average_precision(truth, lambda key: found[key], engine=engine, workers=workers)
 
         rows = [
             Row(
@@ -450,6 +450,10 @@ def main() -> None:
                 f"PQ from files, {args.workers} processes / 1 process",
                 lambda: pq_from_files(data, 1), lambda: pq_from_files(data, args.workers),
                 largest, None,
+            ),
+            Row(
+                f"mask AP, {args.workers} processes / 1 process",
+                ap, lambda: ap(workers=args.workers), largest, None,
             ),
             Row(
                 f"mIoU from files, {args.workers} processes / 1 process",

@@ -95,6 +95,12 @@ def import_official(
         recipe = published_recipe(published.model)
     elif problems := disagreements(published, recipe.model, str(file), shapes):
         raise ConfigError(problems)
+    if recipe.data.classes and len(recipe.data.classes) != published.num_classes:
+        raise ConfigError(
+            f"data.classes: the recipe has {len(recipe.data.classes)} names, {file} "
+            f"{published.num_classes} classes; expected a name for each: take the data set that "
+            f"the weights were trained on"
+        )
     recipe = dataclasses.replace(without_pretrained(recipe), compat="published")
     categories, notes = _categories(published, recipe.data.classes or content.class_names)
     with torch.device("meta"):

@@ -4,8 +4,12 @@ import contextlib
 import io
 import math
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -19,13 +23,15 @@ if TYPE_CHECKING:  # files are scored without torch
 
 IouType = Literal["segm", "bbox"]
 Engine = Literal["faster-coco-eval", "pycocotools"]
+Tables = dict[str, NDArray[np.float64]]
+"""Precision and recall of an engine."""
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 """In the order of the COCO API's summary."""
 _VALIDATED = frozenset(NAMES[:6])
 """What an evaluation reports; the published tables hold no more."""
-_AT_ONCE = 20_000
-"""Objects and detections that an engine is given, unless one category alone has more."""
+MOST_AT_ONCE = 20_000
+"""Objects and detections that all engines are given, unless a category alone has more."""
 
 
 class _HasId(Protocol):
@@ -39,6 +45,7 @@ def average_precision(
     *,
     iou_type: IouType = "segm",
     engine: Engine = "faster-coco-eval",
+    workers: int = 1,
 ) -> dict[str, float | None]:
     """Return COCO's nine numbers by name, from 0 to 1; None where there is no object to be scored.
 
@@ -51,11 +58,32 @@ def average_precision(
         detections: Those of the category of an id, in the same form with `score` and `area`.
         iou_type: What overlaps: masks (run lengths or polygons) or boxes (x, y, width, height).
         engine: Both give the same numbers, but for the last bit of a mean.
+        workers: Processes, each with categories of its own; the numbers are the same.
     """
+    portions = _portions(truth, detections, MOST_AT_ONCE // workers)
+    work = partial(_accumulate, iou_type=iou_type, engine=engine)
+    tables = list(_each(work, portions, workers))
+    precision = np.concatenate([table["precision"] for table in tables], axis=2)
+    return _summary(precision, np.concatenate([table["recall"] for table in tables], axis=1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Portion:
+    """A few categories, as an engine takes them."""
+
+    images: Sequence[Any]
+    categories: tuple[int, ...]
+    objects: list[dict[str, Any]]
+    found: list[dict[str, Any]]
+
+
+def _portions(
+    truth: Mapping[str, Any], detections: Callable[[int], Iterable[dict[str, Any]]], size: int
+) -> Iterator[_Portion]:
+    """Yield all categories, in portions of so many objects and detections."""
     known: dict[int, list[dict[str, Any]]] = {}
     for annotation in truth["annotations"]:
         known.setdefault(annotation["category_id"], []).append(annotation)
-    precision, recall = [], []
     group: list[int] = []
     objects: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
@@ -66,25 +94,32 @@ def average_precision(
         objects += [dict(annotation) for annotation in known.get(category, ())]
         for number, detection in enumerate(detections(category), start=len(found) + 1):
             found.append({**detection, "id": number})
-        if len(found) + len(objects) >= _AT_ONCE or category == categories[-1]:
-            part = {
-                "images": truth["images"],
-                "categories": [{"id": number, "name": str(number)} for number in group],
-            }
-            accumulated = _accumulate(part, objects, found, iou_type, engine)
-            precision.append(accumulated["precision"])
-            recall.append(accumulated["recall"])
+        if len(found) + len(objects) >= size or category == categories[-1]:
+            yield _Portion(
+                images=truth["images"], categories=tuple(group), objects=objects, found=found
+            )
             group, objects, found = [], [], []
-    return _summary(np.concatenate(precision, axis=2), np.concatenate(recall, axis=1))
 
 
-def _accumulate(
-    part: Mapping[str, Any],
-    objects: list[dict[str, Any]],
-    found: list[dict[str, Any]],
-    iou_type: IouType,
-    engine: Engine,
-) -> dict[str, NDArray[np.float64]]:
+def _each(
+    work: Callable[[_Portion], Tables], portions: Iterable[_Portion], workers: int
+) -> Iterator[Tables]:
+    """Yield the work on each portion, in order; twice as many as workers wait at most."""
+    if workers < 2:
+        yield from map(work, portions)
+        return
+    # Forking a process that may have threads is unsafe.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting: deque[Future[Tables]] = deque()
+        for portion in portions:
+            waiting.append(pool.submit(work, portion))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _accumulate(portion: _Portion, *, iou_type: IouType, engine: Engine) -> Tables:
     """Return the engine's tables of precision (T, R, K, A, M) and recall (T, K, A, M).
 
     T overlaps, R recalls, K categories, A areas, M numbers of detections; -1 without an object.
@@ -98,16 +133,19 @@ def _accumulate(
 
     def index(annotations: list[dict[str, Any]]) -> Any:
         coco = COCO()
-        coco.dataset = {**part, "annotations": annotations}
+        coco.dataset = {
+            "images": portion.images,
+            "categories": [{"id": number, "name": str(number)} for number in portion.categories],
+            "annotations": annotations,
+        }
         coco.createIndex()
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(index(objects), index(found), iou_type)
+        evaluation = COCOeval(index(portion.objects), index(portion.found), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
-    accumulated: dict[str, NDArray[np.float64]] = evaluation.eval
-    return accumulated
+    return {name: evaluation.eval[name] for name in ("precision", "recall")}
 
 
 def _summary(

@@ -1,6 +1,7 @@
 """Average precision of COCO result files against COCO instance annotations."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from knet_core.data.coco_annotations import run_lengths
 from knet_core.data.coco_json import Problems, get, is_id, repeated
 from knet_core.data.source import MOST_PIXELS
 from knet_core.errors import DataError
-from knet_core.metrics.mask_ap import IouType, average_precision
+from knet_core.metrics.mask_ap import MOST_AT_ONCE, IouType, average_precision
 from knet_core.scoring.files import Progress, Size, read_json
 
 _REPORTED = 1000
@@ -19,7 +20,12 @@ _REPORTED = 1000
 
 
 def score_instances(
-    gt: Path, pred: Path, *, iou_type: IouType = "segm", progress: Progress | None = None
+    gt: Path,
+    pred: Path,
+    *,
+    iou_type: IouType = "segm",
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float | None]:
     """Return COCO's nine numbers by name, from 0 to 1; None where there is no object to score.
 
@@ -30,6 +36,7 @@ def score_instances(
         gt: COCO instance JSON: images, annotations, categories.
         pred: COCO result JSON: a list of detections.
         iou_type: Compare masks or boxes; boxes that are not stated are the masks'.
+        workers: Processes; None for one a core, where there are enough detections.
         progress: Told of detections read.
 
     Raises:
@@ -40,7 +47,11 @@ def score_instances(
     by_category: dict[int, list[dict[str, Any]]] = {}
     for detection in detections:
         by_category.setdefault(detection["category_id"], []).append(detection)
-    return average_precision(truth, lambda key: by_category.get(key, []), iou_type=iou_type)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if len(detections) > MOST_AT_ONCE else 1
+    return average_precision(
+        truth, lambda key: by_category.get(key, []), iou_type=iou_type, workers=workers
+    )
 
 
 def _read_truth(path: Path, iou_type: IouType) -> dict[str, Any]:

@@ -258,6 +258,9 @@ def test_classes_are_named_by_the_recipe_or_the_file_or_numbered(write, recipe, 
     imported = import_official(odd, tmp_path / "odd", recipe)
     assert [category.name for category in imported.categories] == ["class_0", "class_1"]
     assert "3 names for 2 classes" in imported.notes[0]
+    short = dataclasses.replace(recipe.data, classes=("one",))
+    line = refusal(odd, tmp_path / "short", dataclasses.replace(recipe, data=short))
+    assert line.startswith("data.classes: the recipe has 1 names")
     data = dataclasses.replace(recipe.data, classes=("one", "two"))
     imported = import_official(odd, tmp_path / "given", dataclasses.replace(recipe, data=data))
     assert [category.name for category in imported.categories] == ["one", "two"]

@@ -65,11 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="predicted pixels hold label + 1, as knet writes them for ADE20K's server",
     )
-    for task in (panoptic, semantic):
+    for task in (panoptic, instance, semantic):
         task.add_argument(
             "--workers", type=int, metavar="N", help="processes (default: one per core)"
         )
-    for task in (panoptic, instance, semantic):
         task.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -83,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from knet_core import score_instances, score_panoptic, score_semantic
     from knet_platform.cli.output import progress_bar
 
-    workers = getattr(args, "workers", None)
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers: {workers}; expected at least 1")
+    if args.workers is not None and args.workers < 1:
+        raise UsageError(f"--workers: {args.workers}; expected at least 1")
     scores: dict[str, Any]
     with progress_bar("scoring") as advance:
         if args.task == "panoptic":
@@ -94,12 +92,18 @@ def run(args: argparse.Namespace) -> int:
                 args.gt_dir,
                 args.pred_json,
                 args.pred_dir,
-                workers=workers,
+                workers=args.workers,
                 progress=advance,
             )
         elif args.task == "instance":
             scores = dict(
-                score_instances(args.gt, args.pred, iou_type=args.iou_type, progress=advance)
+                score_instances(
+                    args.gt,
+                    args.pred,
+                    iou_type=args.iou_type,
+                    workers=args.workers,
+                    progress=advance,
+                )
             )
         else:
             scores = score_semantic(
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 ignore_index=args.ignore_index,
                 reduce_zero_label=args.reduce_zero_label,
                 pred_from_one=args.pred_from_one,
-                workers=workers,
+                workers=args.workers,
                 progress=advance,
             )
     if args.json:

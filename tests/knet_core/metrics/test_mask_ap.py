@@ -226,12 +226,15 @@ def test_faster_coco_eval_gives_the_numbers_of_pycocotools(
     assert one == pytest.approx(other, abs=1e-12)
 
 
-def test_categories_in_portions_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_categories_in_portions_and_processes_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sets = (random_objects(seed, 30) for seed in range(99))
     truth, found = next(one for one in sets if len(one[0]["categories"]) > 2)
     whole = average_precision(truth, lambda key: found[key])
-    monkeypatch.setattr(mask_ap, "_AT_ONCE", 1)
+    monkeypatch.setattr(mask_ap, "MOST_AT_ONCE", 2)
     assert average_precision(truth, lambda key: found[key]) == whole
+    assert average_precision(truth, lambda key: found[key], workers=2) == whole
     assert 0 < (whole["AP"] or 0) < 1
 
 
