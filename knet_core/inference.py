@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -30,9 +29,9 @@ _NEVER = -1
 def prepare_for_inference(model: KNet, *, channels_last: bool = True) -> KNet:
     """Return a copy of a model for prediction only; the original stays as it is.
 
-    Batch normalisation is folded into the convolutions before it, the two convolutions between
-    the pyramid's finest map and the stride of the masks become one, and the auxiliary classifier
-    of semantic models is left out (`KNetOutput.semantic` is then None).
+    Batch normalisation is folded into the convolutions before it, the product of the pyramid's
+    finest convolutions is kept (`PyramidKernels`), and the auxiliary classifier of semantic models
+    is left out (`KNetOutput.semantic` is then None).
 
     Args:
         model: In any mode; the copy is in evaluation mode and wants no gradients.
@@ -44,7 +43,7 @@ def prepare_for_inference(model: KNet, *, channels_last: bool = True) -> KNet:
     if isinstance(static, DenseKernels):
         static.auxiliary = None
     elif isinstance(static, PyramidKernels):
-        _merge_finest_convolutions(static)
+        static.freeze_product()
     layout = torch.channels_last if channels_last else torch.preserve_format
     prepared: KNet = ready.to(memory_format=layout)
     return prepared
@@ -109,52 +108,3 @@ def _find_pairs(model: KNet) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _merge_finest_convolutions(static: PyramidKernels) -> None:
-    """Make one of the pyramid's output convolution at stride 4 and the one that halves its map.
-
-    Nothing lies between the two and nobody else reads the map, the network's largest.
-    """
-    halving = static.semantic_fpn.levels[0]
-    assert isinstance(halving, nn.Sequential)
-    first, second = static.fpn.outputs[0], halving[0]
-    assert isinstance(first, nn.Conv2d)
-    assert isinstance(second, nn.Conv2d)
-    static.fpn.outputs[0] = nn.Identity()
-    halving[0] = MergedConvolutions(first, second)
-
-
-class MergedConvolutions(nn.Module):
-    """A 3x3 convolution and a 3x3 convolution of stride 2 as one 5x5 convolution of stride 2.
-
-    A weight of the product is the sum over all ways through the map between the two. That map
-    ends at the border, where the second convolution reads zeros; the product would read its
-    continuation, so the first row and column are made in two steps as before. With even sides the
-    last row and column never reach beyond the map.
-
-    Args:
-        first: 3x3, stride 1, padding 1, with bias.
-        second: 3x3, stride 2, padding 1, without bias.
-    """
-
-    def __init__(self, first: nn.Conv2d, second: nn.Conv2d) -> None:
-        super().__init__()
-        self.first = first
-        self.second = second
-        assert first.bias is not None
-        # Full correlation of the two: out[o, i, y] = sum over m, k of second[o, m, k] *
-        # first[m, i, y - k], which is a convolution with the flipped kernel.
-        product = F.conv2d(
-            first.weight.transpose(0, 1), second.weight.flip(-1, -2), padding=2
-        ).transpose(0, 1)
-        self.weight = nn.Parameter(product.contiguous(), requires_grad=False)
-        self.bias = nn.Parameter(second.weight.sum((2, 3)) @ first.bias, requires_grad=False)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, D, H / 2, W / 2); H and W are even."""
-        result = F.conv2d(maps, self.weight, self.bias, stride=2, padding=2)
-        # Two rows of the map between are enough for one row of the result, and need three.
-        result[..., :1, :] = self.second(self.first(maps[..., :3, :])[..., :2, :])
-        result[..., :1] = self.second(self.first(maps[..., :3])[..., :2])
-        return result

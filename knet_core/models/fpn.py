@@ -19,12 +19,21 @@ class FPN(nn.Module):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Map backbone features, finest first, to as many maps of `channels` channels."""
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Map backbone features, finest first, to as many maps of `channels` channels.
+
+        Returns:
+            The finest map, which `outputs[0]` has yet to convolve (see `PyramidKernels`), and the
+            others.
+        """
         merged = [
             lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)
         ]
         for level in range(len(merged) - 1, 0, -1):
             size = merged[level - 1].shape[-2:]
             merged[level - 1] = merged[level - 1] + F.interpolate(merged[level], size=size)
-        return [output(level) for output, level in zip(self.outputs, merged, strict=True)]
+        finest, *coarser = merged
+        convolved = [
+            output(level) for output, level in zip(self.outputs[1:], coarser, strict=True)
+        ]
+        return finest, convolved

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from knet_core.config import ModelConfig
 from knet_core.models.fpn import FPN
+from knet_core.models.layers import convolve_merged, merge_convolutions
 from knet_core.models.semantic_fpn import SemanticFPN
 from knet_core.structures import StageOutput, StaticOutput
 
@@ -94,17 +95,42 @@ class StaticKernels(nn.Module):
 
 
 class PyramidKernels(nn.Module):
-    """From backbone features to static kernels, for instance and panoptic segmentation."""
+    """From backbone features to static kernels, for instance and panoptic segmentation.
+
+    Between the pyramid's output convolution at stride 4 and the one that halves its map, the
+    network's largest, lies nothing and nobody else reads: the two are made as one.
+    """
 
     def __init__(self, *, fpn: FPN, semantic_fpn: SemanticFPN, kernels: StaticKernels) -> None:
         super().__init__()
         self.fpn = fpn
         self.semantic_fpn = semantic_fpn
         self.kernels = kernels
+        self.product: nn.ParameterList | None = None
+        """Set by `freeze_product`."""
 
     def forward(self, features: Sequence[Tensor]) -> StaticOutput:
         """Predict from four maps at strides 4, 8, 16 and 32; all results are at stride 8."""
-        branches = self.semantic_fpn(self.fpn(features))
+        finest, coarser = self.fpn(features)
+        product = self._merge() if self.product is None else (self.product[0], self.product[1])
+        finest = convolve_merged(finest, *self._finest_convolutions(), product)
+        branches = self.semantic_fpn(finest, coarser)
         together = branches[0] if len(branches) == 1 else branches[0] + branches[1]
         static: StaticOutput = self.kernels(branches[0], branches[-1], together)
         return static
+
+    def freeze_product(self) -> None:
+        """Keep the product of the two convolutions: their weights change no more."""
+        self.product = nn.ParameterList(
+            nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+            for tensor in self._merge()
+        )
+
+    def _merge(self) -> tuple[Tensor, Tensor]:
+        return merge_convolutions(*self._finest_convolutions())
+
+    def _finest_convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        first, second = self.fpn.outputs[0], self.semantic_fpn.levels[0][0]
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
+        return first, second

@@ -145,10 +145,18 @@ class KernelUpdateHead(nn.Module):
             features: (B, D, h, w), the same map for every stage.
             previous: The stage before; its masks have the size of `features`.
         """
-        mapped = self.feature_transform(features)
-        group_features = assemble_group_features(self.group(previous.masks), mapped)
+        # Both products with the transformed map are linear in it, so that the transform is applied
+        # to their kernels' side: to N vectors instead of h * w.
+        weight = self.feature_transform.weight.flatten(1)
+        bias = self.feature_transform.bias
+        assert bias is not None
+        groups = self.group(previous.masks)
+        areas = groups.flatten(2).sum(2, keepdim=True)
+        group_features = assemble_group_features(groups, features) @ weight.T + areas * bias
         kernels = self.interaction(self.update(group_features, previous.kernels))
         dynamic = self.mask_branch(kernels)
-        masks = torch.bmm(dynamic, mapped.flatten(2)).view(*dynamic.shape[:2], *mapped.shape[-2:])
+        offsets = (dynamic @ bias)[..., None]
+        masks = torch.baddbmm(offsets, dynamic @ weight, features.flatten(2))
+        masks = masks.view(*masks.shape[:2], *features.shape[-2:])
         scores = None if self.class_branch is None else self.class_branch(kernels)
         return StageOutput(masks=masks, class_logits=scores, kernels=kernels)

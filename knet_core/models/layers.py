@@ -1,6 +1,8 @@
-"""The two building blocks that every part shares."""
+"""Building blocks that several parts share."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 GROUPS = 32
 
@@ -35,3 +37,43 @@ class ProjectionBranch(nn.Module):
         """Map kernels (B, N, D) to (B, N, out_channels)."""
         projected: Tensor = self.out(self.norm(self.hidden(kernels)).relu())
         return projected
+
+
+def merge_convolutions(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of one 5x5 convolution of stride 2 for two 3x3 ones.
+
+    A weight of the product is the sum over all ways through the map between the two.
+
+    Args:
+        first: Stride 1, padding 1, with bias.
+        second: Stride 2, padding 1, without bias.
+    """
+    assert first.bias is not None
+    # Full correlation of the two: out[o, i, y] = sum over m, k of second[o, m, k] *
+    # first[m, i, y - k], which is a convolution with the flipped kernel.
+    flipped = second.weight.flip(-1, -2)
+    product = F.conv2d(first.weight.transpose(0, 1), flipped, padding=2).transpose(0, 1)
+    return product, second.weight.sum((2, 3)) @ first.bias
+
+
+def convolve_merged(
+    maps: Tensor, first: nn.Conv2d, second: nn.Conv2d, product: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Return `second(first(maps))` by their product (`merge_convolutions`): 0.55 of the work.
+
+    The map between the two ends at the border, where the second convolution reads zeros; the
+    product would read its continuation, so the first row and column are made in two steps. With
+    even sides the last row and column never reach beyond the map.
+
+    Args:
+        maps: (B, C, H, W), H and W even.
+
+    Returns:
+        (B, D, H / 2, W / 2).
+    """
+    weight, bias = product
+    result = F.conv2d(maps, weight, bias, stride=2, padding=2)
+    # Two rows of the map between are enough for one row of the result, and need three.
+    result[..., :1, :] = second(first(maps[..., :3, :])[..., :2, :])
+    result[..., :1] = second(first(maps[..., :3])[..., :2])
+    return result

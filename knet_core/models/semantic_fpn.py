@@ -52,15 +52,22 @@ class SemanticFPN(nn.Module):
             for _ in range(branches)
         )
 
-    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """Return each branch's features (B, channels, H/8, W/8); instances' first."""
-        *finer, coarsest = pyramid
+    def forward(self, finest: Tensor, coarser: Sequence[Tensor]) -> list[Tensor]:
+        """Return each branch's features (B, channels, H/8, W/8); instances' first.
+
+        Args:
+            finest: P2 after its level's convolution, which halves it; see `PyramidKernels`.
+            coarser: P3, P4 and P5.
+        """
+        *finer, coarsest = coarser
         batch, channels, height, width = coarsest.shape
         if self.positional_encoding:
             coarsest = coarsest + sine_encoding(height, width, channels, coarsest)
         if self.coordinates:
             position = coordinate_channels(height, width, coarsest).expand(batch, -1, -1, -1)
             coarsest = torch.cat([coarsest, position], dim=1)
-        levels = [level(p) for level, p in zip(self.levels, (*finer, coarsest), strict=True)]
-        total = levels[0] + levels[1] + levels[2] + levels[3]
+        _, norm, activation = self.levels[0]
+        total = activation(norm(finest))
+        for level, p in zip(self.levels[1:], (*finer, coarsest), strict=True):
+            total = total + level(p)
         return [branch(total) for branch in self.branches]

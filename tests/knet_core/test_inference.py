@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from knet_core import BackboneConfig, ModelConfig, Recipe, build_model, prepare_for_inference
-from knet_core.inference import MergedConvolutions, _fold_batch_norms
+from knet_core.inference import _fold_batch_norms
 from knet_core.models.kernel_head import PyramidKernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,18 +151,6 @@ def test_only_a_convolution_with_one_reader_is_folded():
     assert isinstance(model.plain_norm, nn.Identity)
     left = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert left == [*model.norms, *model.after]
-
-
-@pytest.mark.parametrize("size", [(4, 4), (8, 6), (16, 24)])
-@torch.no_grad()
-def test_merged_convolutions_equal_one_after_the_other(size):
-    torch.manual_seed(0)
-    first = nn.Conv2d(5, 7, 3, padding=1).double()
-    second = nn.Conv2d(7, 4, 3, stride=2, padding=1, bias=False).double()
-    maps = torch.randn(2, 5, *size, dtype=torch.float64)
-    expected = second(first(maps))
-    found = MergedConvolutions(first, second)(maps)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(

@@ -157,8 +157,10 @@ def test_pyramid_adds_nearest_neighbours_from_above():
     top = fpn.laterals[1](coarse)
     rows = [math.floor(i * 3 / 5) for i in range(5)]
     columns = [math.floor(j * 4 / 7) for j in range(7)]
-    expected = fpn.outputs[0](fpn.laterals[0](fine) + top[:, :, rows][:, :, :, columns])
-    torch.testing.assert_close(fpn([fine, coarse])[0], expected)
+    finest, coarser = fpn([fine, coarse])
+    expected = fpn.laterals[0](fine) + top[:, :, rows][:, :, :, columns]
+    torch.testing.assert_close(finest, expected)
+    torch.testing.assert_close(coarser, [fpn.outputs[1](top)])
 
 
 @pytest.mark.parametrize(
