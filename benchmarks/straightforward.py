@@ -1,23 +1,38 @@
-"""The straightforward form of K-Net's losses and results: what `core.py` measures against.
+"""The straightforward form of K-Net: what `core.py` measures against.
 
-The same mathematics as a reader of the specification would write it down, with the habits of the
-published code where they cost something. Of `knet_core` it takes only the types of its inputs, and
-nothing is slower than the published form. Sections are those of KNET_SPEC.
+The same mathematics in the form of the published code (ZwwWayne/K-Net, commits 4a53205 and later,
+on mmdet 2.17), pass by pass where a pass costs something. Nothing is slower than there, and
+nothing is taken over from `knet_core` but types, modules that hold weights, and parts whose
+published form is the same. Section numbers are those of KNET_SPEC.
 
-- Matching: each cost term takes its own sigmoid and its own products with the objects; agreement
-  of masks is a product of the masks and one of their complements.
-- Losses: masks are enlarged once per stage, and serve their own loss and the next matching; the
-  targets of all kernels, matched or not, are one (B, R, h, w) float array per stage, from which
-  those of matched kernels are picked; each term takes its own sigmoid; focal losses are against
-  one-hot targets, a float for each class and pixel; labels are painted object by object.
-- Panoptic maps: all masks are resized to the padded image, cut, and resized to the original
-  before any two are compared; each segment then counts its pixels over the whole image.
-- The network is not here: `core.py` runs the modules as they are built, NCHW, with batch
-  normalisation as a layer of its own.
+- `predict`, the network, NCHW with batch normalisation as a layer of its own:
+  - The pyramid's finest output convolution, then the one that halves its map (mmdet `FPN.forward`,
+    `SemanticFPNWrapper.forward`); semantic logits of all classes, in inference too
+    (`ConvKernelHead._decode_init_proposals`).
+  - Each update transforms the whole map, groups by `einsum`, and convolves image by image
+    (`KernelUpdateHead.forward`).
+- `match` (`MaskHungarianAssigner.assign`): each cost takes its own sigmoid and its own products
+  (`DiceCost`, `MaskCost`: agreement is a product of the masks and one of their complements).
+- `panoptic_criterion` (`ConvKernelHead.forward_train`, `KernelIterHead.forward_train`):
+  - Targets are enlarged or reduced once per image (`KNet.forward_train`), masks once per stage;
+    the static masks a second time for the first update, which matches them again.
+  - The matched masks and the others are copied (`MaskSamplingResult`).
+  - Targets of all kernels, matched or not, are float arrays with weights of the same size that
+    nobody reads, of things, of stuff, joined, and joined over images (`get_targets`).
+  - Those of matched kernels are picked; each loss takes its own sigmoid; all targets become
+    booleans for the rank loss, which paints kernel by kernel (`loss`).
+  - Focal losses are against one-hot targets, a float for each class and pixel (mmdet
+    `py_sigmoid_focal_loss`, its form on a CPU).
+- `panoptic_map` (`rescale_masks`, `get_panoptic`, `merge_stuff_thing`): all masks are resized to
+  the padded image, cut, and resized to the original before any two are compared; each segment then
+  counts its pixels over the whole image.
+- Layers of the backbone, norms, attention and the small products of kernels are the model's own:
+  they are PyTorch's in both.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -25,11 +40,60 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knet_core.config import EvalConfig, LossConfig
+from knet_core.models.kernel_head import PyramidKernels
+from knet_core.models.kernel_update import KernelUpdateHead
+from knet_core.models.knet import KNet
+from knet_core.models.positional import sine_encoding
 from knet_core.structures import ImageSize, KNetOutput, Segment, StageOutput, Targets
 
 EPS = 1e-3
 ALPHA = 0.25
 NOBODY = 255
+
+
+def predict(model: KNet, images: Tensor) -> KNetOutput:
+    """Return what a panoptic or instance model predicts for images (B, 3, H, W) (section 1)."""
+    static = model.static
+    assert isinstance(static, PyramidKernels)
+    maps = [
+        lateral(feature)
+        for lateral, feature in zip(static.fpn.laterals, model.backbone(images), strict=True)
+    ]
+    for level in range(len(maps) - 1, 0, -1):
+        maps[level - 1] += F.interpolate(maps[level], size=maps[level - 1].shape[-2:])
+    pyramid = [output(level) for output, level in zip(static.fpn.outputs, maps, strict=True)]
+    _, channels, height, width = pyramid[-1].shape
+    pyramid[-1] = pyramid[-1] + sine_encoding(height, width, channels, pyramid[-1])
+    levels = [
+        level(feature) for level, feature in zip(static.semantic_fpn.levels, pyramid, strict=True)
+    ]
+    total = levels[0] + levels[1] + levels[2] + levels[3]
+    instances, semantics = (branch(total) for branch in static.semantic_fpn.branches)
+    features = semantics + instances
+    first = static.kernels(instances, semantics, features)
+    stages = [first.stage]
+    for head in model.updates:
+        assert isinstance(head, KernelUpdateHead)
+        stages.append(_update(head, features, stages[-1]))
+    size = (images.shape[-2], images.shape[-1])
+    return KNetOutput(stages=tuple(stages), semantic=first.semantic, padded_size=size)
+
+
+def _update(head: KernelUpdateHead, features: Tensor, previous: StageOutput) -> StageOutput:
+    """Return one round of kernel update (section 2)."""
+    assert head.class_branch is not None
+    mapped = head.feature_transform(features)
+    groups = (previous.masks.sigmoid() > 0.5).float()
+    group_features = torch.einsum("bnhw,bchw->bnc", groups, mapped)
+    kernels = head.interaction(head.update(group_features, previous.kernels))
+    dynamic = head.mask_branch(kernels)
+    masks = [
+        F.conv2d(mapped[image : image + 1], weight[..., None, None])
+        for image, weight in enumerate(dynamic)
+    ]
+    return StageOutput(
+        masks=torch.cat(masks), class_logits=head.class_branch(kernels), kernels=kernels
+    )
 
 
 def match(
@@ -96,23 +160,16 @@ def panoptic_criterion(
     terms = _static_losses(
         masks, _upsample(output.semantic), matches, targets, objects, stuff, weights
     )
-    previous: StageOutput | None = None
+    previous = replace(static, masks=_upsample(static.masks.detach()))
     for number, stage in enumerate(output.stages[1:], start=1):
-        if previous is not None:
-            assert previous.class_logits is not None
-            matches = [
-                match(
-                    mask[:num_instances].detach(),
-                    scores[:num_instances, :num_things].detach(),
-                    there,
-                    target.labels,
-                    weights,
-                )
-                for mask, scores, there, target in zip(
-                    previous.masks, previous.class_logits, objects, targets, strict=True
-                )
-            ]
         large = replace(stage, masks=_upsample(stage.masks))
+        matches = []
+        for image, target in enumerate(targets):
+            scores = None
+            if previous.class_logits is not None:
+                scores = previous.class_logits[image, :num_instances, :num_things].detach()
+            before = previous.masks[image, :num_instances].detach()
+            matches.append(match(before, scores, objects[image], target.labels, weights))
         losses = _stage_losses(large, matches, targets, objects, stuff, weights, num_things)
         terms |= {f"stage{number}/{name}": value for name, value in losses.items()}
         previous = large
@@ -130,7 +187,7 @@ def _static_losses(
 ) -> dict[str, Tensor]:
     batch, num_kernels, height, width = masks.shape
     num_classes = semantic.shape[1]
-    mask_targets = masks.new_zeros(batch, num_kernels, height, width)
+    mask_targets: list[Tensor] = []
     positive = torch.zeros(batch, num_kernels, dtype=torch.bool, device=masks.device)
     painted = torch.full(
         (batch, height, width), num_classes, dtype=torch.int64, device=masks.device
@@ -138,9 +195,9 @@ def _static_losses(
     for image, (kernels, found) in enumerate(matches):
         for label, area in zip(*stuff[image], strict=True):
             painted[image][area > 0] = label
-        for kernel, there in zip(kernels, found, strict=True):
-            mask_targets[image, kernel] = objects[image][there]
-            positive[image, kernel] = True
+        positive[image, kernels] = True
+        mask_targets.append(_sampled(masks[image], kernels, objects[image][found]).targets)
+        for there in found:
             painted[image][objects[image][there] > 0] = targets[image].labels[there]
     flat = semantic.permute(0, 2, 3, 1).reshape(-1, num_classes)
     seg = _focal(flat, painted.flatten()).sum() / max(int((painted < num_classes).sum()), 1)
@@ -148,7 +205,9 @@ def _static_losses(
         "seg": weights.seg * seg,
         **{
             f"stage0/{name}": value
-            for name, value in _mask_losses(masks, mask_targets, positive, weights).items()
+            for name, value in _mask_losses(
+                masks, torch.cat(mask_targets), positive, weights
+            ).items()
         },
     }
 
@@ -172,28 +231,61 @@ def _stage_losses(
     counted[:, :num_instances, :num_things] = 1
     for row in range(num_instances, num_rows):
         counted[:, row, row - num_instances + num_things] = 1
-    mask_targets = torch.zeros_like(masks)
+    mask_targets: list[Tensor] = []
+    mask_weights: list[Tensor] = []
     positive = torch.zeros(batch, num_rows, dtype=torch.bool, device=masks.device)
     for image, (kernels, found) in enumerate(matches):
         labels[image, kernels] = targets[image].labels[found]
-        mask_targets[image, kernels] = objects[image][found]
         positive[image, kernels] = True
+        things = _sampled(masks[image, :num_instances], kernels, objects[image][found])
         classes, areas = stuff[image]
-        rows = classes - num_things + num_instances
-        labels[image, rows] = classes
-        mask_targets[image, rows] = areas
-        positive[image, rows] = True
+        rows = classes - num_things
+        stuff_targets = _placed(areas, rows, num_rows - num_instances)
+        stuff_weights = _placed(torch.ones_like(areas), rows, num_rows - num_instances)
+        labels[image, rows + num_instances] = classes
+        positive[image, rows + num_instances] = True
+        mask_targets.append(torch.cat([things.targets, stuff_targets]))
+        mask_weights.append(torch.cat([things.weights, stuff_weights]))
+    torch.cat(mask_weights)
     focal = _focal(stage.class_logits.flatten(0, 1), labels.flatten()) * counted.flatten(0, 1)
     return {
         "cls": weights.cls * focal.sum() / max(int(positive.sum()), 1),
-        **_mask_losses(masks, mask_targets, positive, weights),
+        **_mask_losses(masks, torch.cat(mask_targets), positive, weights),
     }
+
+
+class _Sampled(NamedTuple):
+    """What is made of the masks of one image before any loss."""
+
+    masks: tuple[Tensor, Tensor]
+    """(K, h, w) of the matched kernels, and of the others; only their sizes are read."""
+    targets: Tensor
+    """(N, h, w) for all kernels, 0 for those without an object."""
+    weights: Tensor
+    """(N, h, w), 1 in the rows of matched kernels; read by nobody."""
+
+
+def _sampled(masks: Tensor, kernels: Tensor, areas: Tensor) -> _Sampled:
+    matched = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+    matched[kernels] = True
+    return _Sampled(
+        masks=(masks[matched], masks[~matched]),
+        targets=_placed(areas, kernels, len(masks)),
+        weights=_placed(torch.ones_like(areas), kernels, len(masks)),
+    )
+
+
+def _placed(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    placed = values.new_zeros(num_rows, *values.shape[1:])
+    placed[rows] = values
+    return placed
 
 
 def _mask_losses(
     masks: Tensor, mask_targets: Tensor, positive: Tensor, weights: LossConfig
 ) -> dict[str, Tensor]:
-    logits, wanted = masks[positive], mask_targets[positive]
+    chosen = positive.flatten()
+    logits, wanted = masks.flatten(0, 1)[chosen], mask_targets[chosen]
     probability = logits.sigmoid().flatten(1)
     target = wanted.flatten(1)
     overlap = (probability * target).sum(1)
@@ -201,8 +293,9 @@ def _mask_losses(
     rank = torch.full(
         (len(masks), *masks.shape[-2:]), NOBODY, dtype=torch.int64, device=masks.device
     )
+    covered = mask_targets.view(masks.shape).bool()
     for image, row in positive.nonzero():
-        rank[image][mask_targets[image, row] > 0] = row
+        rank[image][covered[image, row]] = row
     per_pixel = F.cross_entropy(masks, rank, ignore_index=NOBODY, reduction="none")
     return {
         "mask": weights.mask * F.binary_cross_entropy_with_logits(logits, wanted),

@@ -130,7 +130,7 @@ class PyramidKernels(nn.Module):
         return merge_convolutions(*self._finest_convolutions())
 
     def _finest_convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d]:
-        first, second = self.fpn.outputs[0], self.semantic_fpn.levels[0][0]
+        first, second = self.fpn.outputs[0], self.semantic_fpn.halving[0]
         assert isinstance(first, nn.Conv2d)
         assert isinstance(second, nn.Conv2d)
         return first, second

@@ -1,27 +1,25 @@
 """Building blocks that several parts share."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 32
 
 
-class ConvGroupNorm(nn.Sequential):
-    """Convolution without bias, group normalisation (32 groups), ReLU; "CGR" in the comments.
+def conv_group_norm(
+    in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
+) -> nn.Sequential:
+    """Return convolution without bias, group normalisation (32 groups), ReLU ("CGR").
 
     Args:
+        in_channels: Of the map that the convolution reads.
+        out_channels: A multiple of 32.
         kernel_size: Odd; padding keeps the size at stride 1.
+        stride: Of the convolution.
     """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
-    ) -> None:
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
-        )
-        nn.init.normal_(conv.weight, std=0.01)
-        super().__init__(conv, nn.GroupNorm(GROUPS, out_channels), nn.ReLU(inplace=True))
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    nn.init.normal_(conv.weight, std=0.01)
+    return nn.Sequential(conv, nn.GroupNorm(GROUPS, out_channels), nn.ReLU(inplace=True))
 
 
 class ProjectionBranch(nn.Module):
@@ -67,6 +65,9 @@ def convolve_merged(
 
     Args:
         maps: (B, C, H, W), H and W even.
+        first: As `merge_convolutions` takes it.
+        second: As `merge_convolutions` takes it.
+        product: What `merge_convolutions` made of them.
 
     Returns:
         (B, D, H / 2, W / 2).

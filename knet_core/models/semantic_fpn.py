@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from knet_core.models.layers import ConvGroupNorm
+from knet_core.models.layers import conv_group_norm
 from knet_core.models.positional import coordinate_channels, sine_encoding
 
 
@@ -30,8 +30,8 @@ class SemanticFPN(nn.Module):
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
 
-        def cgr(in_channels: int = channels, stride: int = 1) -> ConvGroupNorm:
-            return ConvGroupNorm(in_channels, channels, 3, stride=stride)
+        def cgr(in_channels: int = channels, stride: int = 1) -> nn.Sequential:
+            return conv_group_norm(in_channels, channels, 3, stride=stride)
 
         def up2() -> nn.Upsample:
             return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
@@ -47,10 +47,17 @@ class SemanticFPN(nn.Module):
         )
         self.branches = nn.ModuleList(
             nn.Sequential(
-                ConvGroupNorm(channels, channels, 1), ConvGroupNorm(channels, channels, 1)
+                conv_group_norm(channels, channels, 1), conv_group_norm(channels, channels, 1)
             )
             for _ in range(branches)
         )
+
+    @property
+    def halving(self) -> nn.Sequential:
+        """The level of P2: a convolution of stride 2, normalisation, activation."""
+        level = self.levels[0]
+        assert isinstance(level, nn.Sequential)
+        return level
 
     def forward(self, finest: Tensor, coarser: Sequence[Tensor]) -> list[Tensor]:
         """Return each branch's features (B, channels, H/8, W/8); instances' first.
@@ -66,8 +73,7 @@ class SemanticFPN(nn.Module):
         if self.coordinates:
             position = coordinate_channels(height, width, coarsest).expand(batch, -1, -1, -1)
             coarsest = torch.cat([coarsest, position], dim=1)
-        _, norm, activation = self.levels[0]
-        total = activation(norm(finest))
+        total = self.halving[1:](finest)
         for level, p in zip(self.levels[1:], (*finer, coarsest), strict=True):
             total = total + level(p)
         return [branch(total) for branch in self.branches]
