@@ -83,7 +83,7 @@ class _OnTheSpot(torch.autograd.Function):
 
 
 def map_losses(
-    maps: Tensor, labels: Tensor, size: tuple[int, int], loss: Callable[[Tensor, Tensor], Valued]
+    maps: Tensor, labels: Tensor, size: tuple[int, int], loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Return each image's loss (B,) of maps (B, C, h, w), resized to `size`.
 
@@ -91,7 +91,7 @@ def map_losses(
         maps: Logits.
         labels: (B, P), what `loss` takes.
         size: (height, width) of the labels, P pixels.
-        loss: Of one image, such as `focal_map`.
+        loss: Of some pixels, such as `focal_map`: writes its gradient over the logits.
     """
     values = on_the_spot(
         maps.float(),
@@ -102,14 +102,12 @@ def map_losses(
     return values[0]
 
 
-def _by_parts(loss: Callable[[Tensor, Tensor], Valued], logits: Tensor, labels: Tensor) -> Valued:
+def _by_parts(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Valued:
     """Value a map's loss some pixels at a time; its gradient overwrites the logits."""
     total = logits.new_zeros(1, 1)
     step = max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
     for part, wanted in zip(torch.split(logits, step), torch.split(labels, step), strict=True):
-        value, (gradient,) = loss(part, wanted)
-        total += value
-        part.copy_(gradient)
+        total += loss(part, wanted)
     return total, (logits,)
 
 
@@ -173,52 +171,48 @@ def _focal_negative(logits: Tensor) -> Tensor:
     return (1 - FOCAL_ALPHA) * logits.sigmoid().square() * F.softplus(logits)
 
 
-def focal_map(logits: Tensor, labels: Tensor) -> Valued:
+def focal_map(logits: Tensor, labels: Tensor) -> Tensor:
     """Value the sigmoid focal loss of a map of labels, summed over classes and pixels.
 
     Args:
-        logits: (P, C).
+        logits: (P, C); the loss's gradient by them takes their place.
         labels: (P,) int64; C is background, a negative of every class; -1 is left out.
-
-    Returns:
-        Values (1, 1).
     """
     num_classes = logits.shape[1]
-    weight = ((1 - FOCAL_ALPHA) * (labels >= 0))[:, None]
-    probability = logits.sigmoid()
-    surprise = F.softplus(logits)  # of a negative: -log(1 - probability)
-    square = probability.square().mul_(weight)
-    gradient = torch.addcmul(probability, 1 - probability, surprise, value=2).mul_(square)
-    total = surprise.mul_(square).sum()
-
     is_positive = ((labels >= 0) & (labels < num_classes))[:, None]
     index = labels.clamp(0, num_classes - 1)[:, None]
     chosen = logits.gather(1, index)
-    correction = _focal_positive(chosen) - _focal_negative(chosen)
-    total = total + (correction * is_positive).sum()
     missing = (-chosen).sigmoid()
     by_positive = (2 * (1 - missing) * F.softplus(-chosen) + missing) * missing.square()
-    by_chosen = torch.where(is_positive, -FOCAL_ALPHA * by_positive, gradient.gather(1, index))
-    return total.reshape(1, 1), (gradient.scatter_(1, index, by_chosen),)
+
+    weight = ((1 - FOCAL_ALPHA) * (labels >= 0))[:, None]
+    surprise = F.softplus(logits)  # of a negative: -log(1 - probability)
+    probability = logits.sigmoid_()
+    square = probability * probability
+    by_negative = (1 - probability).mul_(surprise).mul_(2).add_(probability).mul_(square)
+    torch.mul(by_negative, weight, out=logits)
+    total = (surprise.mul_(square).sum(1, keepdim=True) * weight).sum()
+
+    correction = _focal_positive(chosen) - _focal_negative(chosen)
+    by_chosen = torch.where(is_positive, -FOCAL_ALPHA * by_positive, logits.gather(1, index))
+    logits.scatter_(1, index, by_chosen)
+    return total + (correction * is_positive).sum()
 
 
-def cross_entropy_map(logits: Tensor, labels: Tensor) -> Valued:
+def cross_entropy_map(logits: Tensor, labels: Tensor) -> Tensor:
     """Value the softmax cross-entropy of a map of labels, summed over pixels.
 
     Args:
-        logits: (P, C).
+        logits: (P, C); the loss's gradient by them takes their place.
         labels: (P,) int64; -1 is left out.
-
-    Returns:
-        Values (1, 1).
     """
-    decided = (labels >= 0)[:, None]
+    decided = (labels >= 0)[:, None].to(logits.dtype)
     index = labels.clamp(min=0)[:, None]
-    log_probability = logits.log_softmax(1)
-    total = -(log_probability.gather(1, index) * decided).sum()
-    gradient = log_probability.exp_()
-    gradient.scatter_(1, index, gradient.gather(1, index) - 1)
-    return total.reshape(1, 1), (gradient.mul_(decided),)
+    logits.sub_(logits.amax(1, keepdim=True))
+    chosen = logits.gather(1, index)
+    sums = logits.exp_().sum(1, keepdim=True)
+    logits.mul_(decided / sums).scatter_add_(1, index, -decided)
+    return ((sums.log() - chosen) * decided).sum()
 
 
 def quarter_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
