@@ -51,7 +51,7 @@ def assignment_cost(
     labels: Tensor,
     weights: LossConfig,
 ) -> Tensor:
-    """Return costs (N, G): one matrix product, everything else from sums over each mask.
+    """Return costs (N, G): one matrix product, and sums over each mask.
 
     Args:
         masks: (N, ...) logits, at the size of the targets.
@@ -63,8 +63,11 @@ def assignment_cost(
     probability = masks.flatten(1).sigmoid()
     target = target_masks.flatten(1)
     num_pixels = probability.shape[1]
-    overlap = (target @ probability.T).T  # in this order fast for either layout of the masks
-    both_empty = num_pixels - probability.sum(1)[:, None] - target.sum(1) + overlap
+    # A last object that is everywhere gives the masks' sizes without a pass of their own.
+    # Objects times masks, in this order, is fast for either layout of the masks.
+    products = torch.cat([target, target.new_ones(1, num_pixels)]) @ probability.T
+    overlap, sizes = products[:-1].T, products[-1]
+    both_empty = num_pixels - sizes[:, None] - target.sum(1) + overlap
     mask_cost = -(overlap + both_empty) / num_pixels
     squares = _squares(probability)[:, None] + _squares(target)
     dice_cost = -2 * overlap / (squares + 2 * DICE_EPS)
