@@ -73,7 +73,8 @@ class SemanticFPN(nn.Module):
         if self.coordinates:
             position = coordinate_channels(height, width, coarsest).expand(batch, -1, -1, -1)
             coarsest = torch.cat([coarsest, position], dim=1)
-        total = self.halving[1:](finest)
+        norm, activation = self.halving[1], self.halving[2]
+        total = activation(norm(finest))
         for level, p in zip(self.levels[1:], (*finer, coarsest), strict=True):
             total = total + level(p)
         return [branch(total) for branch in self.branches]
