@@ -162,8 +162,7 @@ def measure_noop(folder: Path, file: Path, num_trials: int) -> None:
 
     from knet_platform.planning import load_sweep
     from knet_platform.storage import Store
-    from knet_platform.tracking import BackgroundTracker
-    from knet_platform.tracking.mlflow import MLflowTracker
+    from knet_platform.tracking import open_tracker
     from knet_platform.tuner import run_sweep
 
     arms = "\n".join(f"  a{i}: {{optim.lr: {1e-6 * (i + 1):.8f}}}" for i in range(num_trials))
@@ -176,9 +175,7 @@ def measure_noop(folder: Path, file: Path, num_trials: int) -> None:
     print(f"plan of {num_trials} arms: {time.monotonic() - began:.1f} s", flush=True)
 
     sweep = load_sweep(file)
-    tracker = BackgroundTracker(
-        MLflowTracker(f"sqlite:///{folder}/mlflow.db", artifacts=folder / "artifacts"), warn=print
-    )
+    tracker = open_tracker(sweep.name, f"sqlite:///{folder}/mlflow.db", folder, warn=print)
     progress = Watch(sweep, num_trials)
     began = time.monotonic()
     outcome = run_sweep(

@@ -18,7 +18,7 @@ from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.screening import Screen
 from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
-from knet_platform.tracking import Tracker
+from knet_platform.tracking import Tracker, TrialRun
 
 
 class Bridge(ray.tune.Callback):
@@ -174,7 +174,7 @@ class Bridge(ray.tune.Callback):
         self._running.add(trial.hash)
         if self._governor:
             self._governor.begin(trial.hash, time.monotonic())
-        self._tracker.start_trial(trial, attempt)
+        self._tracker.start_trial(TrialRun.of(trial), attempt)
         self._log_provenance(trial)
         self._progress.begin(trial, attempt)
 

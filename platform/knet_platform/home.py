@@ -5,6 +5,9 @@ from pathlib import Path
 
 from knet_platform.errors import UsageError
 
+UNTRACKED = "none"
+"""Value of `MLFLOW_TRACKING_URI` that switches tracking off."""
+
 
 def knet_home() -> Path:
     """Return the absolute state folder; it need not exist yet.
@@ -36,5 +39,8 @@ def storage_uri() -> str:
 
 
 def tracking_uri() -> str:
-    """Return MLflow's store: `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder."""
+    """Return MLflow's store: `MLFLOW_TRACKING_URI`, else a SQLite file in the state folder.
+
+    `UNTRACKED` in its place means that nobody is told of runs.
+    """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{knet_home() / 'mlflow.db'}"

@@ -34,7 +34,7 @@ from knet_platform.report import Report, build_report, write_report
 from knet_platform.screening import Screen, screened_out, screens
 from knet_platform.source import read_source
 from knet_platform.storage import Evaluation, Pruned, Store
-from knet_platform.tracking import Tracker
+from knet_platform.tracking import SweepRun, Tracker, TrialRun
 from knet_platform.tracking.protocol import Status
 
 DRIVER_RESTARTS = 2
@@ -95,7 +95,7 @@ def run_sweep(
         KeyboardInterrupt: SIGINT; likewise.
     """
     with sweep_lock(sweep.name, home):
-        tracker.start_sweep(sweep)
+        tracker.start_sweep(SweepRun.of(sweep))
         try:
             sweep, bridge = _run_unfinished(
                 sweep, store, tracker, progress, price, trainable, only_failed=only_failed
@@ -318,7 +318,7 @@ def _bring(trial: Trial, store: Store, tracker: Tracker) -> None:
     result = folder.result()
     assert result is not None, "a finished trial has a result"
     last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
-    tracker.start_trial(trial, attempts.count(folder))
+    tracker.start_trial(TrialRun.of(trial), attempts.count(folder))
     tracker.log_points(trial.hash, [*result.evaluations, last])
     for name, content in folder.provenance_files().items():
         tracker.log_file(trial.hash, name, content)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from knet_platform.home import knet_home, storage_uri, tracking_uri
+from knet_platform.home import UNTRACKED, knet_home, storage_uri, tracking_uri
 
 EXAMPLES = """\
 examples:
@@ -201,6 +201,8 @@ def _store(name: str, uri: str) -> Check:
 
 def _tracking(uri: str) -> Check:
     name, url = "tracking", urlsplit(uri)
+    if uri == UNTRACKED:
+        return Check(name=name, status="ok", found="none: runs are not tracked")
     if url.scheme in ("http", "https"):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT):

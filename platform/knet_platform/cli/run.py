@@ -20,7 +20,7 @@ from knet_platform.storage import Store
 from knet_platform.suggestions import recall
 
 if TYPE_CHECKING:
-    from knet_platform.tracking import BackgroundTracker
+    from knet_platform.tracking import JournaledTracker
     from knet_platform.tuner import SweepOutcome
 
 EXAMPLES = """\
@@ -66,8 +66,7 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
     prepare_environment()
 
     from knet_platform.progress import open_progress
-    from knet_platform.tracking import BackgroundTracker
-    from knet_platform.tracking.mlflow import MLflowTracker
+    from knet_platform.tracking import open_tracker
     from knet_platform.tuner import run_sweep
 
     # Ray prints its warnings on stdout, which is for results.
@@ -79,8 +78,10 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
             )
         if only_failed and "failed" not in states.values():
             progress.note("no trial failed: there is nothing to retry")
-        tracker = BackgroundTracker(
-            MLflowTracker(tracking_uri(), artifacts=home / "mlartifacts"),
+        tracker = open_tracker(
+            sweep.name,
+            tracking_uri(),
+            home,
             warn=lambda problem: progress.note(f"tracking: {problem} (training goes on)"),
         )
         outcome = run_sweep(
@@ -97,12 +98,8 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
         print(json.dumps(_as_json(sweep, outcome, tracker), indent=2))
     else:
         _show(outcome, tracker)
-    if tracker.lost:
-        print(
-            f"tracking: {tracker.lost} updates did not arrive ({tracker.problem}); every result "
-            f"is in the store, and the same command brings MLflow up to date",
-            file=sys.stderr,
-        )
+    if left := tracker.left():
+        print(f"tracking: {left}", file=sys.stderr)
     if to_go := len(outcome.paused) + outcome.unsuggested:
         raise BudgetError(
             f"{sweep.path}: budget: reached with {to_go} trials to go; the same "
@@ -123,7 +120,7 @@ def _require_space(home: Path, store: Store) -> None:
             )
 
 
-def _show(outcome: "SweepOutcome", tracker: "BackgroundTracker") -> None:
+def _show(outcome: "SweepOutcome", tracker: "JournaledTracker") -> None:
     from knet_platform.cli.output import result_console
     from knet_platform.report import Terminal
 
@@ -131,12 +128,11 @@ def _show(outcome: "SweepOutcome", tracker: "BackgroundTracker") -> None:
     for trial, reason in outcome.failed:
         print(f"failed: {trial.name}: {reason}")
     print(f"page: {outcome.files['html']}")
-    print(f"runs: knet ui, then {tracker.compare_url()}")
+    if url := tracker.compare_url():
+        print(f"runs: knet ui, then {url}")
 
 
-def _as_json(
-    sweep: Sweep, outcome: "SweepOutcome", tracker: "BackgroundTracker"
-) -> dict[str, Any]:
+def _as_json(sweep: Sweep, outcome: "SweepOutcome", tracker: "JournaledTracker") -> dict[str, Any]:
     return {
         "sweep": sweep.name,
         "finished": [
@@ -158,5 +154,6 @@ def _as_json(
         "unsuggested": outcome.unsuggested,
         "files": {name: str(path) for name, path in outcome.files.items()},
         "compare_url": tracker.compare_url(),
+        "tracking_updates_waiting": tracker.waiting,
         "tracking_updates_lost": tracker.lost,
     }

@@ -57,16 +57,17 @@ def run(args: argparse.Namespace) -> int:
     )
     from knet_core import data_fingerprint, fit, keep_freed_memory
     from knet_platform.cli.output import progress_bar, show_metrics
-    from knet_platform.tracking import BackgroundTracker
-    from knet_platform.tracking.mlflow import MLflowTracker
+    from knet_platform.tracking import open_tracker
 
     sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, data_fingerprint(recipe.data)))
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
     checkpoint = _newest_checkpoint(output)
     keep_freed_memory()
-    tracker = BackgroundTracker(
-        MLflowTracker(tracking_uri(), artifacts=knet_home() / "mlartifacts"),
+    tracker = open_tracker(
+        f"{sweep.name}-{trial.hash}",  # several may train one recipe at a time, with other seeds
+        tracking_uri(),
+        knet_home(),
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
     )
     with _tracked(tracker, sweep), progress_bar(sweep.name) as advance:
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             output_dir=output,
             resume_from=checkpoint,
         )
+    if left := tracker.left():
+        print(f"warning: tracking: {left}", file=sys.stderr)
     if args.json:
         values = {
             "trial_hash": trial.hash,
@@ -131,9 +134,11 @@ class _Reporter:
 @contextmanager
 def _tracked(tracker: "Tracker", sweep: Sweep) -> Iterator[None]:
     """Record one attempt, however it ends."""
+    from knet_platform.tracking import SweepRun, TrialRun
+
     (trial,) = sweep.trials
-    tracker.start_sweep(sweep)
-    tracker.start_trial(trial, 1)
+    tracker.start_sweep(SweepRun.of(sweep))
+    tracker.start_trial(TrialRun.of(trial), 1)
     status: Status = "FAILED"
     reason = "stopped by an error"
     try:

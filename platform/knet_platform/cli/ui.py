@@ -6,7 +6,7 @@ import socket
 import sys
 
 from knet_platform.errors import UsageError
-from knet_platform.home import knet_home, tracking_uri
+from knet_platform.home import UNTRACKED, knet_home, tracking_uri
 
 EXAMPLES = """\
 examples:
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Become `mlflow server`; with a tracking server in use, name its address instead."""
     uri = tracking_uri()
+    if uri == UNTRACKED:
+        raise UsageError(
+            "MLFLOW_TRACKING_URI: is 'none', so no run is tracked; expected an address, or unset"
+        )
     if uri.startswith(("http://", "https://")):
         print(uri)
         return 0

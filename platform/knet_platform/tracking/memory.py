@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knet_platform.planning import Sweep, Trial
-from knet_platform.tracking.protocol import PointLike, Status
+from knet_platform.tracking.protocol import PointLike, Status, SweepRun, TrialRun
 
 
 @dataclass(kw_only=True)
@@ -26,12 +25,12 @@ class MemoryTracker:
     """Implements `Tracker`."""
 
     def __init__(self) -> None:
-        self.sweep: Sweep | None = None
+        self.sweep: SweepRun | None = None
         self.sweep_status: Status | None = None
         self.runs: dict[str, Run] = {}
         self.artifacts: list[Path] = []
 
-    def start_sweep(self, sweep: Sweep) -> None:
+    def start_sweep(self, sweep: SweepRun) -> None:
         """Remember the sweep."""
         self.sweep, self.sweep_status = sweep, "RUNNING"
 
@@ -40,7 +39,7 @@ class MemoryTracker:
         run = self.runs.get(trial_hash)
         return run.status if run else None
 
-    def start_trial(self, trial: Trial, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int) -> None:
         """Find or create a run."""
         run = self.runs.setdefault(
             trial.hash, Run(name=trial.name, status="RUNNING", attempt=attempt)

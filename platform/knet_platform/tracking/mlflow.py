@@ -2,14 +2,18 @@
 
 Runs are found again by their tags, never by remembered ids, so that any process can continue
 what another began. Only an explicit client is used: no global state of `mlflow`.
+
+Whatever is sent again leaves no trace: points that the store has are known by the ends of its
+curves, which are read afresh after every call without an answer; files and pictures have names of
+their own; the rest states what holds, not what changed.
 """
 
-import io
 import json
 import logging
 import os
 import tempfile
 import urllib.parse
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +21,14 @@ from typing import cast
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from sqlalchemy.exc import SQLAlchemyError
 
-from knet_platform.config import flatten
 from knet_platform.errors import TrackingError
-from knet_platform.planning import Sweep, Trial
-from knet_platform.source import git_sha
-from knet_platform.tracking.protocol import PointLike, RejectedError, Status
+from knet_platform.previews import preview
+from knet_platform.tracking.journal import without_password
+from knet_platform.tracking.protocol import PointLike, RejectedError, Status, SweepRun, TrialRun
 
 LOCAL_PAGES = "http://127.0.0.1:5000"
 """Where `knet ui` serves a local store."""
@@ -32,6 +36,10 @@ _BATCH = 1000
 """Most metrics that MLflow takes in one call."""
 _LONGEST = 500
 """Characters of a tag or parameter that every MLflow store takes."""
+_TIMEOUT = "20"
+"""Seconds for one answer of a server."""
+_NOT_NOW = (401, 403, 408, 429)
+"""Refusals that may pass: of who asks, or how often, not of what is sent."""
 
 
 class MLflowTracker:
@@ -50,11 +58,11 @@ class MLflowTracker:
         self._ends: dict[str, dict[str, int]] = {}
         """Last step by metric name, by trial hash."""
 
-    def start_sweep(self, sweep: Sweep) -> None:
+    def start_sweep(self, sweep: SweepRun) -> None:
         """Find or create the experiment and the sweep's run."""
-        # MLflow's own patience is 4 minutes a call; `BackgroundTracker` tries again anyway.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "4")  # seconds
+        # MLflow's own patience is 4 minutes a call; `JournaledTracker` tries again anyway.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT)
         logging.getLogger("alembic").setLevel(logging.WARNING)  # a new file's 60 migrations
         logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
         with self._explained():
@@ -63,41 +71,44 @@ class MLflowTracker:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._client = MlflowClient(self._uri)
             self._sweep = sweep
-            self._git_sha = git_sha()
             self._experiment = self._find_experiment(sweep.name)
-            run = self._find(f"attributes.run_name = '{sweep.name}'")
-            if run is None:
-                tags = {"sweep": sweep.name, "baseline": sweep.baseline, "git_sha": self._git_sha}
-                run = self._client.create_run(self._experiment, run_name=sweep.name, tags=tags)
+            found = self._find(f"attributes.run_name = '{sweep.name}'")
+            tags = {"sweep": sweep.name, "baseline": sweep.baseline, "git_sha": sweep.git_sha}
+            run = (
+                found[0]
+                if found
+                else self._client.create_run(self._experiment, run_name=sweep.name, tags=tags)
+            )
             self._parent = run.info.run_id
             self._client.update_run(self._parent, status="RUNNING")
 
     def status(self, trial_hash: str) -> Status | None:
         """Return how a trial's run stands."""
         with self._explained():
-            run = self._find(f"tags.trial_hash = '{trial_hash}'")
+            run = self._find_trial(trial_hash)
         return None if run is None else cast(Status, run.info.status)
 
-    def start_trial(self, trial: Trial, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int) -> None:
         """Find or create a trial's run and mark it as running."""
         with self._explained():
-            run = self._find(f"tags.trial_hash = '{trial.hash}'")
+            run = self._find_trial(trial.hash)
             if run is None:
                 run = self._client.create_run(
                     self._experiment, run_name=trial.name, tags=self._tags(trial)
                 )
-            run_id = self._runs[trial.hash] = run.info.run_id
-            if trial.hash not in self._ends:
-                self._ends[trial.hash] = self._curve_ends(run)
+            self._know(trial.hash, run)
+            run_id = run.info.run_id
             if not run.data.params:  # else logged before; MLflow's params never change
-                self._client.log_batch(run_id, params=_params(trial))
-            now = {"attempt": str(attempt), "git_sha": self._git_sha, "status_reason": ""}
+                params = [Param(name, value[:_LONGEST]) for name, value in trial.params.items()]
+                self._client.log_batch(run_id, params=params)
+            now = {"attempt": str(attempt), "git_sha": self._sweep.git_sha, "status_reason": ""}
             tags = [RunTag(key, value) for key, value in now.items()]
             self._client.log_batch(run_id, tags=tags)
             self._client.update_run(run_id, status="RUNNING")
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
         """Add what lies beyond the curves' ends."""
+        run_id = self._run_of(trial_hash)
         ends = dict(self._ends[trial_hash])
         metrics = []
         for point in points:
@@ -107,28 +118,34 @@ class MLflowTracker:
                     metrics.append(Metric(name, value, round(point.time * 1000), point.step))
         with self._explained():
             for start in range(0, len(metrics), _BATCH):
-                batch = metrics[start : start + _BATCH]
-                self._client.log_batch(self._runs[trial_hash], metrics=batch)
+                # Until it answers, nobody knows whether the store has them.
+                self._ends.pop(trial_hash, None)
+                self._client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
         self._ends[trial_hash] = ends
 
     def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
         """Add a picture; MLflow's page shows them with a slider over steps."""
-        from PIL import Image
-
-        with self._explained():
-            image = Image.open(io.BytesIO(png))
-            self._client.log_image(self._runs[trial_hash], image, key="probe", step=step)
+        # As `MlflowClient.log_image` names them, but a picture sent again replaces itself: its
+        # time and its unique part follow from run and step.
+        run_id = self._run_of(trial_hash)
+        stem = f"probe+step+{step}+timestamp+{step}+{uuid.uuid5(uuid.UUID(run_id), str(step))}"
+        with self._explained(), tempfile.TemporaryDirectory(prefix="knet-") as folder:
+            Path(folder, f"{stem}.png").write_bytes(png)
+            Path(folder, f"{stem}+compressed.webp").write_bytes(preview(png))
+            self._client.log_artifacts(run_id, folder, "images")
+            self._client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Attach a file to a trial's run."""
+        run_id = self._run_of(trial_hash)
         with self._explained(), tempfile.TemporaryDirectory(prefix="knet-") as folder:
             path = Path(folder, name)
             path.write_bytes(content)
-            self._client.log_artifact(self._runs[trial_hash], str(path))
+            self._client.log_artifact(run_id, str(path))
 
     def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
         """Close a trial's run."""
-        run_id = self._runs[trial_hash]
+        run_id = self._run_of(trial_hash)
         with self._explained():
             self._client.set_tag(run_id, "status_reason", reason[:_LONGEST])
             self._client.set_terminated(run_id, status)
@@ -142,14 +159,14 @@ class MLflowTracker:
 
     def compare_url(self) -> str | None:
         """Return MLflow's page that compares the trials of this sweep, in its order."""
-        hashes = [trial.hash for trial in self._sweep.trials if trial.hash in self._runs]
+        hashes = [item for item in self._sweep.trials if item in self._runs]
         runs = json.dumps([self._runs[item] for item in hashes], separators=(",", ":"))
         experiments = json.dumps([self._experiment])
         base = self._uri.rstrip("/") if self._uri.startswith("http") else LOCAL_PAGES
         query = urllib.parse.urlencode({"runs": runs, "experiments": experiments})
         return f"{base}/#/compare-runs?{query}"
 
-    def _tags(self, trial: Trial) -> dict[str, str]:
+    def _tags(self, trial: TrialRun) -> dict[str, str]:
         return {
             "mlflow.parentRunId": self._parent,
             "sweep": trial.sweep,
@@ -170,37 +187,61 @@ class MLflowTracker:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _find(self, condition: str) -> Run | None:
-        found = self._client.search_runs(
+    def _find(self, condition: str) -> list[Run]:
+        found: list[Run] = self._client.search_runs(
             [self._experiment],
             condition,
             run_view_type=ViewType.ACTIVE_ONLY,
-            max_results=1,
             order_by=["attributes.start_time ASC"],
         )
-        run: Run | None = found[0] if found else None
-        if run is not None and (trial_hash := run.data.tags.get("trial_hash")):
-            self._runs[trial_hash] = run.info.run_id
-        return run
+        return found
 
-    def _curve_ends(self, run: Run) -> dict[str, int]:
-        return {
-            name: max(item.step for item in self._client.get_metric_history(run.info.run_id, name))
-            for name in run.data.metrics
-        }
+    def _find_trial(self, trial_hash: str) -> Run | None:
+        found = self._find(f"tags.trial_hash = '{trial_hash}'")
+        # A server may carry out a request to create a run long after everybody stopped waiting for
+        # its answer, and asked again. The one in use is the one with params.
+        found.sort(key=lambda run: not run.data.params)
+        for run in found[1:]:
+            if not run.data.params:
+                self._client.delete_run(run.info.run_id)
+        if not found:
+            return None
+        self._runs[trial_hash] = found[0].info.run_id
+        return found[0]
+
+    def _know(self, trial_hash: str, run: Run) -> None:
+        self._runs[trial_hash] = run.info.run_id
+        # The latest value of a curve, which comes with the run, is the one of the last step.
+        latest = run.data.to_proto().metrics
+        self._ends[trial_hash] = {item.key: item.step for item in latest}
+
+    def _run_of(self, trial_hash: str) -> str:
+        """Return a trial's run and make sure that its curves' ends are known."""
+        if trial_hash not in self._ends:
+            with self._explained():
+                run = self._find_trial(trial_hash)
+            if run is None:
+                raise RejectedError(f"trial {trial_hash}: has no run in this store")
+            self._know(trial_hash, run)
+        return self._runs[trial_hash]
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        where = _without_password(self._uri)
+        where = without_password(self._uri)
         try:
             yield
         except MlflowException as error:
-            code = error.get_http_status_code()  # type: ignore[no-untyped-call]
-            refused = 400 <= code < 500
-            kind = RejectedError if refused else TrackingError
+            kind = RejectedError if self._refuses(error) else TrackingError
             raise kind(_line(where, error)) from error
         except (SQLAlchemyError, OSError, ImportError) as error:
             raise TrackingError(_line(where, error)) from error
+
+    def _refuses(self, error: MlflowException) -> bool:
+        """Tell whether the store itself said no, for good; a proxy's "not found" may pass."""
+        if self._uri.startswith("http") and not isinstance(error, RestException):
+            return False
+        code = error.get_http_status_code()  # type: ignore[no-untyped-call]
+        return 400 <= code < 500 and code not in _NOT_NOW
 
 
 def _line(where: str, error: BaseException) -> str:
@@ -214,12 +255,3 @@ def _line(where: str, error: BaseException) -> str:
         f"MLFLOW_TRACKING_URI: {where}: {reason}; expected MLflow's store: start its server, "
         f"or unset MLFLOW_TRACKING_URI to use a file"
     )
-
-
-def _params(trial: Trial) -> list[Param]:
-    return [Param(key, str(value)[:_LONGEST]) for key, value in flatten(trial.recipe.to_dict())]
-
-
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -1,17 +1,72 @@
 """What the platform asks of an experiment tracker; the only names the rest of it knows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from knet_platform.config import flatten
 from knet_platform.errors import TrackingError
 from knet_platform.planning import Sweep, Trial
+from knet_platform.source import git_sha
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
 class RejectedError(TrackingError):
     """The store answered and refused; sending the same again cannot help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRun:
+    """What a tracker records of a sweep; plain values, so that a journal can hold them."""
+
+    name: str
+    baseline: str
+    git_sha: str
+    trials: tuple[str, ...]
+    """Hashes in the sweep's order."""
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> "SweepRun":
+        """Describe a sweep that runs with the code in use."""
+        return cls(
+            name=sweep.name,
+            baseline=sweep.baseline,
+            git_sha=git_sha(),
+            trials=tuple(trial.hash for trial in sweep.trials),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SweepRun":
+        """Return what `dataclasses.asdict` and JSON made of one."""
+        return cls(**{**values, "trials": tuple(values["trials"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRun:
+    """What a tracker records of a trial; plain values likewise."""
+
+    hash: str
+    name: str
+    """`arm/seed`."""
+    sweep: str
+    arm: str
+    seed: int
+    params: dict[str, str]
+    """The recipe, by dotted key."""
+
+    @classmethod
+    def of(cls, trial: Trial) -> "TrialRun":
+        """Describe a trial."""
+        return cls(
+            hash=trial.hash,
+            name=trial.name,
+            sweep=trial.sweep,
+            arm=trial.arm,
+            seed=trial.seed,
+            params={name: str(value) for name, value in flatten(trial.recipe.to_dict())},
+        )
 
 
 class PointLike(Protocol):
@@ -37,13 +92,13 @@ class Tracker(Protocol):
     continues the sweep later; nothing is recorded twice. All may raise `TrackingError`.
     """
 
-    def start_sweep(self, sweep: Sweep) -> None:
+    def start_sweep(self, sweep: SweepRun) -> None:
         """Find or create the sweep's run; called first, proves that the store works."""
 
     def status(self, trial_hash: str) -> Status | None:
         """Return how a trial's run stands; None if there is none."""
 
-    def start_trial(self, trial: Trial, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int) -> None:
         """Find or create a trial's run and mark it as running."""
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
@@ -53,7 +108,7 @@ class Tracker(Protocol):
         """
 
     def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
-        """Add a picture to a trial's run."""
+        """Add a picture to a trial's run, in place of an earlier one of that step."""
 
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Attach a file to a trial's run, in place of an earlier one of that name."""

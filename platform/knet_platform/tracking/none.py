@@ -1,0 +1,39 @@
+"""A tracker that keeps nothing, for runs that nobody wants tracked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from knet_platform.tracking.protocol import PointLike, Status, SweepRun, TrialRun
+
+
+class NoTracker:
+    """Implements `Tracker`; results, curves and pictures are in the store all the same."""
+
+    def start_sweep(self, sweep: SweepRun) -> None:
+        """Do nothing."""
+
+    def status(self, trial_hash: str) -> Status | None:
+        """Return None: no trial has a run."""
+        return None
+
+    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+        """Do nothing."""
+
+    def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
+        """Do nothing."""
+
+    def log_picture(self, trial_hash: str, step: int, png: bytes) -> None:
+        """Do nothing."""
+
+    def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Do nothing."""
+
+    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+        """Do nothing."""
+
+    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+        """Do nothing."""
+
+    def compare_url(self) -> str | None:
+        """Return None: there is no page."""
+        return None
