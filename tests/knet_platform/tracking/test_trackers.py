@@ -221,7 +221,7 @@ class MLflowContract(TrackerContract):
         assert client.list_artifacts(parent.info.run_id, "report")[0].path == "report/index.html"
 
     def test_a_run_that_a_late_answer_doubled_is_one_again(self, tracker, sweep) -> None:
-        """A server may carry out a request that nobody waits for any more, after its repetition."""
+        """A server may carry out a request that nobody waits for, after its repetition."""
         trial = sweep.trial
         tracker.start_sweep(sweep.run)
         tracker.start_trial(trial, 1)
