@@ -146,6 +146,7 @@ class Bridge(ray.tune.Callback):
         )
         store.write_failure(failure)
         self._end(ours, reason)
+        self._tracker.log_points(ours.hash, store.points())  # what it had not passed on
 
     def _stop_alike(self, failed: Trial, cause: Cause, reason: str) -> None:
         """Stop the trials that would fail in the same way, before they are paid for."""

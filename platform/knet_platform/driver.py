@@ -73,8 +73,8 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
             return
         attempt = begin(store, job.run_id)
         store.clear_failure()
-        # An evaluation that a driver died with comes now; what is known of it already is skipped.
-        ray.tune.report({"attempt": attempt, "points": _evaluations(store)})
+        # What a driver died with comes now; what is known of it already is skipped.
+        ray.tune.report({"attempt": attempt, "points": _points(store)})
         try:
             device, finished = train(job, store, attempt, policy.images_at_once)
             break
@@ -92,10 +92,9 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     ray.tune.report({"outcome": "finished", "points": [final]})
 
 
-def _evaluations(store: TrialStore) -> list[dict[str, Any]]:
-    """Return what was measured up to the newest checkpoint."""
-    state = store.state()
-    return [asdict(point) for point in state.evaluations] if state else []
+def _points(store: TrialStore) -> list[dict[str, Any]]:
+    """Return the curves so far, in plain values."""
+    return [asdict(point) for point in store.points()]
 
 
 def _report_stop(store: TrialStore, run_id: str) -> None:
@@ -123,7 +122,9 @@ def _goes_on(store: TrialStore, attempt: int, error: Exception, policy: Policy) 
     if decision.retry:
         ray.tune.report({"retry": f"{message}; {decision.action}"})
     else:
-        ray.tune.report({"outcome": "failed", "reason": message, "cause": cause})
+        ray.tune.report(
+            {"outcome": "failed", "reason": message, "cause": cause, "points": _points(store)}
+        )
     return decision.retry
 
 

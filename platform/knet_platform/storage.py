@@ -1,8 +1,8 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
-pruned.json, failures/<number>.json, checkpoint_<step>/, ...}`; this folder is also Ray Train's run
-folder.
+pruned.json, failures/<number>.json, curves/<step>.json, checkpoint_<step>/, ...}`; this folder is
+also Ray Train's run folder.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
 search has suggested (`suggestions`).
 A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
@@ -45,6 +45,8 @@ Cause = Literal[
 
 FAILURES = "failures"
 """Folder of a trial that takes its failures and what explains them."""
+CURVES = "curves"
+"""Folder of a trial that takes all points of its curves."""
 
 _FAILURE = re.compile(r"(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
@@ -284,6 +286,28 @@ class TrialStore:
             complete = replace(provenance, threads=threads, accelerator=accelerator)
             self._write_json("provenance.json", asdict(complete))
 
+    def write_points(self, start: int, points: Sequence[EvaluationLike]) -> None:
+        """Record every point since the checkpoint of step `start`, in place of earlier ones.
+
+        Before anybody is told of a point, it is here: whoever dies on the way takes none along.
+        """
+        values = [
+            {"step": point.step, "time": point.time, "metrics": dict(point.metrics)}
+            for point in points
+        ]
+        self.write_bytes(f"{CURVES}/{start:06d}.json", json.dumps(values).encode())
+
+    def points(self) -> tuple[Evaluation, ...]:
+        """Return the curves so far, step by step; what was measured twice, as it was first."""
+        found: dict[int, Evaluation] = {}
+        for name in self.list(CURVES):
+            for values in self._load_json(f"{CURVES}/{name}"):
+                point = Evaluation(**values)
+                if known := found.get(point.step):
+                    point = replace(known, metrics=point.metrics | known.metrics)
+                found[point.step] = point
+        return tuple(found[step] for step in sorted(found))
+
     def discard_cut_file(self, relative: str) -> None:
         """Delete a JSON file that its writer did not live to finish, if it is one."""
         if relative not in self.list():
@@ -384,11 +408,12 @@ class TrialStore:
     def _read_json(self, relative: str) -> dict[str, Any] | None:
         if relative not in self.list():
             return None
-        return self._load_json(relative)
+        values: dict[str, Any] = self._load_json(relative)
+        return values
 
-    def _load_json(self, relative: str) -> dict[str, Any]:
+    def _load_json(self, relative: str) -> Any:
         try:
-            values: dict[str, Any] = json.loads(self.read_bytes(relative))
+            values = json.loads(self.read_bytes(relative))
         except ValueError as error:
             raise StorageError(
                 f"{self.uri}/{relative}: not valid JSON; delete the file to run the trial again"

@@ -319,7 +319,7 @@ def _bring(trial: Trial, store: Store, tracker: Tracker) -> None:
     assert result is not None, "a finished trial has a result"
     last = Evaluation(step=result.step, time=time.time(), metrics=result.metrics)
     tracker.start_trial(TrialRun.of(trial), attempts.count(folder))
-    tracker.log_points(trial.hash, [*result.evaluations, last])
+    tracker.log_points(trial.hash, [*folder.points(), *result.evaluations, last])
     for name, content in folder.provenance_files().items():
         tracker.log_file(trial.hash, name, content)
     tracker.finish_trial(trial.hash, "FINISHED")

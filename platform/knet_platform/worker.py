@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import may_go_on, verify
 from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
-from knet_platform.storage import FAILURES, Failure, Store, TrialStore
+from knet_platform.storage import FAILURES, Evaluation, Failure, Store, TrialStore
 from knet_platform.watchdog import Watchdog
 
 PICTURES = "pictures"
@@ -96,6 +97,10 @@ class RayReporter:
         eval_batch: int,
         resumed_from: str,
     ) -> None:
+        self._points: list[Evaluation] = []
+        """Since the newest checkpoint, which the next attempt begins at."""
+        self._start = int(resumed_from.rpartition("_")[2] or 0)
+        """Its step; 0 without one."""
         self._store = store
         self._run_id = run_id
         self._attempt = attempt
@@ -105,16 +110,16 @@ class RayReporter:
     def on_report(self, report: Report) -> None:
         """Report on every worker; the first one's metrics and checkpoint count."""
         first = ray.train.get_context().get_world_rank() == 0
-        metrics: dict[str, Any] = {"step": report.step, "total": report.num_iterations}
-        metrics["points"] = [
-            {"step": point.step, "time": point.time, "metrics": point.metrics}
-            for point in report.points
-        ]
+        points = [Evaluation(step=p.step, time=p.time, metrics=p.metrics) for p in report.points]
         if report.evaluation is not None:
-            evaluation = {"step": report.step, "time": time.time(), "metrics": report.evaluation}
-            metrics["points"].append(evaluation)
+            now = time.time()
+            points.append(Evaluation(step=report.step, time=now, metrics=report.evaluation))
+        metrics: dict[str, Any] = {"step": report.step, "total": report.num_iterations}
+        metrics["points"] = [asdict(point) for point in points]
         if first:
             verify(self._store, self._run_id)
+            self._points += points
+            self._store.write_points(self._start, self._points)
             if report.eval_batch is not None:
                 self._note_eval_batch(report.eval_batch)
         if report.picture is not None:
@@ -129,6 +134,8 @@ class RayReporter:
             name = report.checkpoint.name
             checkpoint = ray.train.Checkpoint.from_directory(str(report.checkpoint))
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        if checkpoint is not None:
+            self._start, self._points = report.step, []
 
     def _note_eval_batch(self, batch: int) -> None:
         """Record once to how many images at a time memory limits the evaluation."""

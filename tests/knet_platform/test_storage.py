@@ -142,6 +142,23 @@ def test_the_newest_complete_checkpoint_is_found_by_number(store):
     assert (state.step, state.seconds) == (100, 12.5)
 
 
+def test_points_are_whole_and_each_is_there_once(store):
+    trial = store.trial("ab")
+    assert trial.points() == ()
+
+    def point(step: int, **metrics: float) -> Evaluation:
+        return Evaluation(step=step, time=float(step), metrics=metrics)
+
+    trial.write_points(0, [point(1, loss=3.0)])
+    trial.write_points(0, [point(1, loss=3.0), point(2, loss=2.0), point(2, ap=0.1)])
+    trial.write_points(2, [point(3, loss=1.0), point(4, loss=0.5)])  # died, and began at 2 again
+    trial.write_points(2, [point(3, loss=1.0)])
+    assert trial.points() == (point(1, loss=3.0), point(2, loss=2.0, ap=0.1), point(3, loss=1.0))
+    # The checkpoint of step 2 was lost: what follows is measured again from the start.
+    trial.write_points(0, [point(1, loss=3.5), point(2, loss=2.5), point(3, loss=1.5)])
+    assert [item.step for item in trial.points()] == [1, 2, 3]
+
+
 def test_files_are_listed_and_read_back(store):
     trial = store.trial("ab")
     assert trial.list("pictures") == []
