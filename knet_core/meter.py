@@ -1,6 +1,8 @@
 """What steps measure, averaged into the points of the training curves."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -58,6 +60,19 @@ class Meter:
             "train/lr": self._lr,
             "sys/images_per_s": self._steps * self._batch_size / seconds,
             "sys/data_wait": self._waited / seconds,
+            **_memory(norms.device),
         }
         self.restart()
         return Point(step=step, time=time.time(), metrics=metrics)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Return this process's memory now, without data loaders, and the most of its GPU so far."""
+    memory = {}
+    statistics = Path("/proc/self/statm")  # Linux
+    if statistics.exists():
+        resident = int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        memory["sys/host_memory_gb"] = resident / 1e9
+    if device.type == "cuda":
+        memory["sys/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return memory

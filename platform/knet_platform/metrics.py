@@ -54,6 +54,8 @@ METRICS: dict[str, MetricInfo] = {
     "train/grad_norm": _cost("Gradient norm", 2),
     "sys/images_per_s": MetricInfo(title="Images/s"),
     "sys/data_wait": MetricInfo(title="Waiting for data, %", scale=100.0, higher_is_better=False),
+    "sys/host_memory_gb": _cost("Host memory, GB", 2),
+    "sys/gpu_memory_gb": _cost("GPU memory, GB", 2),
     "sys/gpu_hours": _cost("GPU hours", 2),
     "cost/usd": _cost("USD", 2),
 }

@@ -19,7 +19,7 @@ from knet_core.checkpoint_state import load_recipe, read_state
 from knet_core.metrics.mask_ap import MaskAP
 from knet_core.models.knet import KNet
 
-TIMED = ("sys/images_per_s", "sys/data_wait", "bench/fps")
+TIMED = ("sys/images_per_s", "sys/data_wait", "sys/host_memory_gb", "bench/fps")
 
 
 class Recorder:
@@ -58,6 +58,7 @@ def test_a_run_reports_evaluates_and_saves(tiny_recipe, tmp_path):
     assert first["train/grad_norm"] > 0
     assert first["sys/images_per_s"] > 0
     assert 0 <= first["sys/data_wait"] <= 1
+    assert 0.1 < first["sys/host_memory_gb"] < 20  # torch alone takes more than the one
 
     last = recorder.reports[-1]
     assert last.picture is not None
