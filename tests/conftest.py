@@ -3,7 +3,11 @@
 import logging
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,66 @@ def ray_cluster(faults: Path) -> Iterator[str]:
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one MLflow store for all tests: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("store")
+
+
+class Server:
+    """A real `mlflow server` over that store, on a port of the system's choice."""
+
+    def __init__(self, folder: Path) -> None:
+        from knet_platform.cli.ui import free_port
+
+        # Another database and bucket may be given: what is tested is the same.
+        self.store = os.environ.get("KNET_TEST_MLFLOW_STORE", f"sqlite:///{folder}/mlflow.db")
+        self._artifacts = os.environ.get("KNET_TEST_MLFLOW_ARTIFACTS", f"{folder}/served")
+        self._log = folder / "server.log"
+        self._port = free_port(0)
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        from knet_platform.cli.ui import server_command
+
+        command = server_command(self.store, self._port)
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--artifacts-destination", self._artifacts],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except OSError:
+                assert self.process.poll() is None, self._log.read_text()[-2000:]
+                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
+                time.sleep(0.05)  # nothing tells when a server of its own process listens
+
+    def kill(self) -> None:
+        """End it and its workers as a power cut would."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def server(store_folder: Path) -> Iterator[Server]:
+    """MLflow's server on that store."""
+    server = Server(store_folder)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

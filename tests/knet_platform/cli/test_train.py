@@ -75,6 +75,19 @@ def test_the_checkpoints_of_another_recipe_are_not_continued(
     assert "optim.lr" in failed.data.tags["status_reason"]
 
 
+def test_a_run_that_nobody_wants_tracked_leaves_nothing_but_its_checkpoints(
+    recipe: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert main(["train", str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert sorted(path.name for path in home.iterdir()) == ["runs", "tracking"]
+    assert list((home / "tracking").iterdir()) == []
+
+
 def test_a_store_that_cannot_be_used_stops_it_before_training(
     recipe: Path,
     home: Path,

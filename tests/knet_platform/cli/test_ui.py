@@ -33,6 +33,14 @@ def test_a_tracking_server_in_use_is_only_named(
     assert capsys.readouterr().out.strip() == "http://tracking:5000"
 
 
+def test_where_nothing_is_tracked_there_is_nothing_to_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert main(["ui"]) == 2
+    assert "so no run is tracked" in capsys.readouterr().err
+
+
 def test_it_becomes_a_server_on_this_machine_only_with_the_store_in_use(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

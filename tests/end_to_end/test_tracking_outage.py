@@ -1,0 +1,109 @@
+"""A sweep whose MLflow server dies under it ends as if nothing had been, and MLflow catches up."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from knet_platform.cli.main import main
+from knet_platform.planning import load_sweep
+from knet_platform.storage import Store
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+RECIPE = """\
+data:
+  format: shapes
+  shapes: {num_train: 16, num_val: 4, size: 64}
+  short_edge: [64, 64]
+  long_edge: 64
+  num_workers: 0
+model:
+  backbone: {name: test_resnet, pretrained: false}
+  channels: 32
+  num_kernels: 8
+  num_heads: 4
+  ffn_channels: 64
+  stages: 1
+train: {iterations: 6, batch_size: 4, log_every: 1, eval_every: 2}
+eval: {batch_size: 2, fps_iterations: 0, probe_images: 1}
+"""
+SWEEP = """\
+name: outage
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+baseline: first
+resources: {max_concurrent: 1}
+arms:
+  first: {}
+  second: {eval.score_threshold: 0.2}
+"""
+
+
+def runs(client: MlflowClient) -> dict[str, Run]:
+    experiment = client.get_experiment_by_name("outage")
+    if experiment is None:
+        return {}
+    found = client.search_runs([experiment.experiment_id])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def test_a_server_that_dies_in_mid_run_gets_everything_afterwards(
+    ray_cluster: str, server, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "outage.yaml").write_text(SWEEP)
+    monkeypatch.setenv("KNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr("knet_platform.tracking.journaled.CLOSE_SECONDS", 1.0)
+    client = MlflowClient(server.store)
+    over = threading.Event()
+
+    def kill_once_the_first_trial_has_logged() -> None:
+        while not over.wait(0.1):
+            run = runs(client).get("first/0")
+            if run is not None and "train/loss" in run.data.metrics:
+                server.kill()
+                return
+
+    killer = threading.Thread(target=kill_once_the_first_trial_has_logged)
+    killer.start()
+    code = main(["run", str(tmp_path / "outage.yaml")])
+    over.set()
+    killer.join()
+    assert server.process is None, "it ended before the server was killed"
+    captured = capsys.readouterr()
+    assert code == 0
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("tracking: "))
+    assert "updates wait in" in line
+    assert "knet sync sends them" in line
+    assert {name: run.info.status for name, run in runs(client).items()} == {
+        "outage": "RUNNING",
+        "first/0": "RUNNING",
+    }
+
+    server.start()
+    assert main(["sync"]) == 0
+    assert "updates sent" in capsys.readouterr().out
+    store = Store(f"{tmp_path}/home/storage")
+    client = MlflowClient(server.uri)
+    found = runs(client)
+    assert {name: run.info.status for name, run in found.items()} == {
+        "outage": "FINISHED",
+        "first/0": "FINISHED",
+        "second/0": "FINISHED",
+    }
+    for trial in load_sweep(tmp_path / "outage.yaml").trials:
+        points = store.trial(trial.hash).points()
+        assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+        run_id = found[trial.name].info.run_id
+        for name in ("train/loss", "val/AP", "sys/host_memory_gb"):
+            history = client.get_metric_history(run_id, name)
+            assert sorted((item.step, item.value) for item in history) == [
+                (point.step, point.metrics[name]) for point in points if name in point.metrics
+            ]
+        pictures = [item.path for item in client.list_artifacts(run_id, "images")]
+        assert len(pictures) == 2 * 3, "of every evaluation, large and small"
