@@ -46,7 +46,7 @@ NAMES = [f"train/loss/term{number}" for number in range(METRICS)]
 class AbsentTracker(MemoryTracker):
     """Takes the start of a sweep, and then never answers."""
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Fail."""
         raise TrackingError("no answer")
 

@@ -58,9 +58,9 @@ class Delivery:
         try:
             _call(self._tracker, records)
         except RejectedError as error:
-            if len(records) > 1:  # the good ones among them shall arrive
-                for record in records:
-                    self._send([record])
+            if half := len(records) // 2:  # the good ones among them shall arrive
+                self._send(records[:half])
+                self._send(records[half:])
                 return
             self.refused += 1
             self._warn(str(error))
@@ -84,7 +84,8 @@ def _call(tracker: Tracker, records: Sequence[Record]) -> None:
         case "start_sweep":
             tracker.start_sweep(SweepRun.from_dict(arguments["sweep"]))
         case "start_trial":
-            tracker.start_trial(TrialRun(**arguments["trial"]), arguments["attempt"])
+            trial = TrialRun(**arguments["trial"])
+            tracker.start_trial(trial, arguments["attempt"], at=arguments["at"])
         case "log_points":
             points = [Evaluation(**item) for r in records for item in r.arguments["points"]]
             tracker.log_points(record.trial, points)
@@ -93,9 +94,10 @@ def _call(tracker: Tracker, records: Sequence[Record]) -> None:
         case "log_file":
             tracker.log_file(record.trial, arguments["name"], record.content)
         case "finish_trial":
-            tracker.finish_trial(record.trial, arguments["status"], arguments["reason"])
+            status, reason = arguments["status"], arguments["reason"]
+            tracker.finish_trial(record.trial, status, reason, at=arguments["at"])
         case "finish_sweep":
-            artifacts = [Path(path) for path in arguments["artifacts"]]
-            tracker.finish_sweep(arguments["status"], [p for p in artifacts if p.exists()])
+            artifacts = [path for name in arguments["artifacts"] if (path := Path(name)).exists()]
+            tracker.finish_sweep(arguments["status"], artifacts, at=arguments["at"])
         case _:
             raise RejectedError(f"journal: a record of the unknown kind '{record.kind}'")

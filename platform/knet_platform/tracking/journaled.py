@@ -79,9 +79,11 @@ class JournaledTracker:
         """Return how a trial's run stands."""
         return self._tracker.status(trial_hash)
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Find or create a trial's run."""
-        self._append("start_trial", trial.hash, trial=asdict(trial), attempt=attempt)
+        self._append(
+            "start_trial", trial.hash, trial=asdict(trial), attempt=attempt, at=_or_now(at)
+        )
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
         """Add to a trial's curves."""
@@ -100,14 +102,18 @@ class JournaledTracker:
         """Attach a file to a trial's run."""
         self._append("log_file", trial_hash, content=content, name=name)
 
-    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+    def finish_trial(
+        self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
+    ) -> None:
         """Close a trial's run."""
-        self._append("finish_trial", trial_hash, status=status, reason=reason)
+        self._append("finish_trial", trial_hash, status=status, reason=reason, at=_or_now(at))
 
-    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def finish_sweep(
+        self, status: Status, artifacts: Sequence[Path] = (), *, at: float | None = None
+    ) -> None:
         """Close the sweep's run, and wait a while for everything sent before to arrive."""
         paths = [str(path.absolute()) for path in artifacts]
-        self._append("finish_sweep", status=status, artifacts=paths)
+        self._append("finish_sweep", status=status, artifacts=paths, at=_or_now(at))
         self.close(KILLED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
 
     def compare_url(self) -> str | None:
@@ -185,3 +191,7 @@ class JournaledTracker:
         if self.problem is None:
             self.problem = problem
             self._warn(problem)
+
+
+def _or_now(at: float | None) -> float:
+    return time.time() if at is None else at

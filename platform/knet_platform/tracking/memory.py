@@ -39,7 +39,7 @@ class MemoryTracker:
         run = self.runs.get(trial_hash)
         return run.status if run else None
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Find or create a run."""
         run = self.runs.setdefault(
             trial.hash, Run(name=trial.name, status="RUNNING", attempt=attempt)
@@ -63,12 +63,16 @@ class MemoryTracker:
         """Keep a file."""
         self.runs[trial_hash].files[name] = content
 
-    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+    def finish_trial(
+        self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
+    ) -> None:
         """Close a run."""
         run = self.runs[trial_hash]
         run.status, run.reason = status, reason
 
-    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def finish_sweep(
+        self, status: Status, artifacts: Sequence[Path] = (), *, at: float | None = None
+    ) -> None:
         """Close the sweep."""
         self.sweep_status = status
         self.artifacts = list(artifacts)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
@@ -88,13 +89,16 @@ class MLflowTracker:
             run = self._find_trial(trial_hash)
         return None if run is None else cast(Status, run.info.status)
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Find or create a trial's run and mark it as running."""
         with self._explained():
             run = self._find_trial(trial.hash)
             if run is None:
                 run = self._client.create_run(
-                    self._experiment, run_name=trial.name, tags=self._tags(trial)
+                    self._experiment,
+                    start_time=_milliseconds(at),
+                    run_name=trial.name,
+                    tags=self._tags(trial),
                 )
             self._know(trial.hash, run)
             run_id = run.info.run_id
@@ -115,7 +119,7 @@ class MLflowTracker:
             for name, value in point.metrics.items():
                 if point.step > ends.get(name, -1):
                     ends[name] = point.step
-                    metrics.append(Metric(name, value, round(point.time * 1000), point.step))
+                    metrics.append(Metric(name, value, _milliseconds(point.time), point.step))
         with self._explained():
             for start in range(0, len(metrics), _BATCH):
                 # Until it answers, nobody knows whether the store has them.
@@ -143,19 +147,23 @@ class MLflowTracker:
             path.write_bytes(content)
             self._client.log_artifact(run_id, str(path))
 
-    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+    def finish_trial(
+        self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
+    ) -> None:
         """Close a trial's run."""
         run_id = self._run_of(trial_hash)
         with self._explained():
             self._client.set_tag(run_id, "status_reason", reason[:_LONGEST])
-            self._client.set_terminated(run_id, status)
+            self._client.set_terminated(run_id, status, _milliseconds(at))
 
-    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def finish_sweep(
+        self, status: Status, artifacts: Sequence[Path] = (), *, at: float | None = None
+    ) -> None:
         """Close the sweep's run, with files under `report/`."""
         with self._explained():
             for path in artifacts:
                 self._client.log_artifact(self._parent, str(path), "report")
-            self._client.set_terminated(self._parent, status)
+            self._client.set_terminated(self._parent, status, _milliseconds(at))
 
     def compare_url(self) -> str | None:
         """Return MLflow's page that compares the trials of this sweep, in its order."""
@@ -242,6 +250,10 @@ class MLflowTracker:
             return False
         code = error.get_http_status_code()  # type: ignore[no-untyped-call]
         return 400 <= code < 500 and code not in _NOT_NOW
+
+
+def _milliseconds(at: float | None) -> int:
+    return round(1000 * (time.time() if at is None else at))
 
 
 def _line(where: str, error: BaseException) -> str:

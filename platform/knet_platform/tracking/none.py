@@ -16,7 +16,7 @@ class NoTracker:
         """Return None: no trial has a run."""
         return None
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Do nothing."""
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
@@ -28,10 +28,14 @@ class NoTracker:
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Do nothing."""
 
-    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+    def finish_trial(
+        self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
+    ) -> None:
         """Do nothing."""
 
-    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def finish_sweep(
+        self, status: Status, artifacts: Sequence[Path] = (), *, at: float | None = None
+    ) -> None:
         """Do nothing."""
 
     def compare_url(self) -> str | None:

@@ -89,7 +89,8 @@ class Tracker(Protocol):
     """One parent run for a sweep, one child run per trial for its whole life.
 
     Every method may be called again with the same arguments, by this process or by one that
-    continues the sweep later; nothing is recorded twice. All may raise `TrackingError`.
+    continues the sweep later; nothing is recorded twice. All may raise `TrackingError`. `at` is
+    when something happened, in Unix seconds; unset: now.
     """
 
     def start_sweep(self, sweep: SweepRun) -> None:
@@ -98,7 +99,7 @@ class Tracker(Protocol):
     def status(self, trial_hash: str) -> Status | None:
         """Return how a trial's run stands; None if there is none."""
 
-    def start_trial(self, trial: TrialRun, attempt: int) -> None:
+    def start_trial(self, trial: TrialRun, attempt: int, *, at: float | None = None) -> None:
         """Find or create a trial's run and mark it as running."""
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:
@@ -113,10 +114,14 @@ class Tracker(Protocol):
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Attach a file to a trial's run, in place of an earlier one of that name."""
 
-    def finish_trial(self, trial_hash: str, status: Status, reason: str = "") -> None:
+    def finish_trial(
+        self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
+    ) -> None:
         """Close a trial's run."""
 
-    def finish_sweep(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def finish_sweep(
+        self, status: Status, artifacts: Sequence[Path] = (), *, at: float | None = None
+    ) -> None:
         """Close the sweep's run, with files attached."""
 
     def compare_url(self) -> str | None:

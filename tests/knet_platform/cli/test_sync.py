@@ -31,11 +31,11 @@ def leave(home: Path) -> Leave:
         journal = Journal(path, warn=print)
         journal.describe(uri, SweepRun(name=name, baseline="1", git_sha="unknown", trials=("ab",)))
         trial = {**{key: getattr(TRIAL, key) for key in TRIAL.__slots__}, "sweep": name}
-        journal.append("start_trial", "ab", trial=trial, attempt=2)
+        journal.append("start_trial", "ab", trial=trial, attempt=2, at=1e9)
         journal.append("log_points", "ab", points=points(1, 2))
         journal.append("log_points", "ab", points=points(2, 3))
-        journal.append("finish_trial", "ab", status="FINISHED", reason="")
-        journal.append("finish_sweep", status="FINISHED", artifacts=[])
+        journal.append("finish_trial", "ab", status="FINISHED", reason="", at=1e9 + 60)
+        journal.append("finish_sweep", status="FINISHED", artifacts=[], at=1e9 + 61)
         journal.close()
         return path
 
@@ -64,6 +64,7 @@ def test_what_waits_is_sent_and_its_journal_goes(
             "1/0": "FINISHED",
         }
         (run,) = (run for run in runs if run.info.run_name == "1/0")
+        assert (run.info.start_time, run.info.end_time) == (1e12, 1e12 + 60e3), "not of the sync"
         history = client.get_metric_history(run.info.run_id, "train/loss")
         assert sorted(point.step for point in history) == [1, 2, 3]
     assert main(["sync"]) == 0
