@@ -132,10 +132,14 @@ class MLflowTracker:
         # As `MlflowClient.log_image` names them, but a picture sent again replaces itself: its
         # time and its unique part follow from run and step.
         run_id = self._run_of(trial_hash)
+        try:
+            small = preview(png)
+        except OSError as error:
+            raise RejectedError(f"trial {trial_hash}: picture of step {step}: {error}") from error
         stem = f"probe+step+{step}+timestamp+{step}+{uuid.uuid5(uuid.UUID(run_id), str(step))}"
         with self._explained(), tempfile.TemporaryDirectory(prefix="knet-") as folder:
             Path(folder, f"{stem}.png").write_bytes(png)
-            Path(folder, f"{stem}+compressed.webp").write_bytes(preview(png))
+            Path(folder, f"{stem}+compressed.webp").write_bytes(small)
             self._client.log_artifacts(run_id, folder, "images")
             self._client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
 

@@ -246,6 +246,13 @@ class MLflowContract(TrackerContract):
         tracker.log_points(trial.hash, points(1))
         assert len(self.curve(tracker, trial.hash, "train/loss")) == 1
 
+    def test_a_damaged_picture_is_refused(self, tracker, sweep) -> None:
+        """And not sent again for ever, with everything behind it."""
+        tracker.start_sweep(sweep.run)
+        tracker.start_trial(sweep.trial, 1)
+        with pytest.raises(RejectedError, match="picture of step 3"):
+            tracker.log_picture(sweep.trial.hash, 3, png()[:20])
+
     def test_a_trial_without_a_run_is_refused(self, tracker, sweep) -> None:
         tracker.start_sweep(sweep.run)
         with pytest.raises(RejectedError, match="has no run"):
