@@ -68,6 +68,7 @@ def fast_checks() -> Iterator[Check]:
     yield from _ray_address()
     yield _store("storage", storage_uri())
     yield _tracking(tracking_uri())
+    yield from _unsent()
     yield _data()
 
 
@@ -224,6 +225,15 @@ def _tracking(uri: str) -> Check:
     if url.scheme.startswith("postgresql"):
         return _reachable(name, uri.rpartition("@")[2], url.hostname, url.port or 5432, "start it")
     return _store(name, uri)
+
+
+def _unsent() -> Iterator[Check]:
+    from knet_platform.tracking import journals
+
+    if names := [path.name for path in journals(knet_home())]:
+        mend = "knet sync, but for sweeps that run: they send theirs themselves"
+        found = f"{', '.join(names)} in {knet_home() / 'tracking'}: not all sent"
+        yield Check(name="journals", status="warn", found=found, mend=mend)
 
 
 def _data() -> Check:

@@ -71,6 +71,24 @@ def test_an_unreachable_tracking_server_fails(
     assert (code, checks["tracking"]["status"]) == (2, "fail")
 
 
+def test_what_a_tracking_store_missed_is_pointed_out(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "tracking").mkdir(parents=True)
+    (home / "tracking" / "stages.0123abcd.db").write_bytes(b"")
+    check = _checks(capsys)[1]["journals"]
+    assert check["status"] == "warn"
+    assert "stages.0123abcd.db" in check["found"]
+    assert "knet sync" in check["mend"]
+
+
+def test_nothing_tracked_on_purpose_is_fine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert _checks(capsys)[1]["tracking"]["status"] == "ok"
+
+
 def test_the_lines_for_people_show_the_mend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
