@@ -25,10 +25,15 @@ _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests with a Ray cluster to one process of pytest-xdist: they share the cluster."""
+    """Give all tests with a Ray cluster to one process of pytest-xdist: they share the cluster.
+
+    Likewise those with MLflow's server alone.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("server"))
 
 
 @pytest.fixture(scope="session")
