@@ -170,8 +170,10 @@ class MLflowTracker:
             self._client.set_terminated(self._parent, status, _milliseconds(at))
 
     def compare_url(self) -> str | None:
-        """Return MLflow's page that compares the trials of this sweep, in its order."""
-        hashes = [item for item in self._sweep.trials if item in self._runs]
+        """Return MLflow's page that compares the trials, in the sweep's order; others last."""
+        # A search adds trials under way.
+        places = {trial_hash: place for place, trial_hash in enumerate(self._sweep.trials)}
+        hashes = sorted(self._runs, key=lambda item: places.get(item, len(places)))
         runs = json.dumps([self._runs[item] for item in hashes], separators=(",", ":"))
         experiments = json.dumps([self._experiment])
         base = self._uri.rstrip("/") if self._uri.startswith("http") else LOCAL_PAGES

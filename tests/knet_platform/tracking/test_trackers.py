@@ -1,6 +1,7 @@
 """What every tracker promises, and what MLflow shows of it."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -259,12 +260,14 @@ class MLflowContract(TrackerContract):
             tracker.log_points(sweep.trial.hash, points(1))
 
     def test_compare_url_names_the_trials_in_the_sweeps_order(self, tracker, sweep) -> None:
+        """Those that a search suggested later come last."""
+        suggested = replace(sweep.trial, hash="f" * 16, name="suggested/0")
         tracker.start_sweep(sweep.run)
-        for trial in reversed(sweep.trials):
+        for trial in (suggested, *reversed(sweep.trials)):
             tracker.start_trial(trial, 1)
         url = tracker.compare_url()
         assert "/#/compare-runs?runs=" in url
-        places = [url.index(tracker._runs[trial.hash]) for trial in sweep.trials]
+        places = [url.index(tracker._runs[trial.hash]) for trial in (*sweep.trials, suggested)]
         assert places == sorted(places)
 
 
