@@ -1,8 +1,10 @@
 """Multi-scale features from timm, with the stages that the published recipes freeze."""
 
+import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,13 +120,14 @@ def _create(config: BackboneConfig) -> nn.Module:
             "embed_layer": partial(PatchEmbed, dynamic_img_pad=True),
         }
     try:
-        trunk: nn.Module = timm.create_model(
-            config.name,
-            pretrained=config.pretrained,
-            features_only=True,
-            out_indices=(-4, -3, -2, -1),
-            **options,
-        )
+        with _quiet_hub():
+            trunk: nn.Module = timm.create_model(
+                config.name,
+                pretrained=config.pretrained,
+                features_only=True,
+                out_indices=(-4, -3, -2, -1),
+                **options,
+            )
     except TypeError as error:  # an option that this model has not
         key = re.search(r"output_stride|drop_path", str(error))
         raise ConfigError(
@@ -144,6 +147,18 @@ def _create(config: BackboneConfig) -> nn.Module:
             f"model.backbone.checkpoint=FILE"
         ) from error
     return trunk
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's client from a line for each time that it tries again; the error says it."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_features(trunk: nn.Module, config: BackboneConfig) -> None:
