@@ -1,5 +1,6 @@
 """Trunks and their variants against naive definitions and against timm itself."""
 
+import logging
 import math
 from functools import partial
 
@@ -413,3 +414,17 @@ def test_timms_own_weights_arrive_in_a_converted_model(tmp_path, monkeypatch, na
     assert bool(offsets) == values.get("deformable", False)
     for key in loaded.keys() - offsets:
         assert torch.equal(loaded[key], expected[key]), key
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch, caplog):
+    """And not another line of the hub's client for each time that it tried."""
+
+    def create_model(*args, **options):
+        logging.getLogger("huggingface_hub").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("cannot reach the hub\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ConfigError, match=r"no weights for .* \(cannot reach") as error:
+        Backbone(config("test_resnet", pretrained=True))
+    assert "\n" not in str(error.value)
+    assert not caplog.records
