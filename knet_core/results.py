@@ -48,8 +48,9 @@ class ResultWriter:
 
     Instances become `instances.json` (COCO's results form with `file_name`), panoptic maps
     `panoptic.json` with `panoptic/<name>.png` (COCO's panoptic form), semantic maps
-    `semantic/<name>.png` (ADE20K's form: label + 1, 0 is kept for "ignore"). A name is the image's
-    without its ending; folders in it are joined by `_`.
+    `semantic/<name>.png` (pixels hold the data set's class ids, as the servers of ADE20K and
+    Cityscapes want them; 16 bits where an id needs them). A name is the image's without its
+    ending; folders in it are joined by `_`.
 
     Args:
         folder: An empty one.
@@ -59,6 +60,8 @@ class ResultWriter:
     def __init__(self, folder: Path, categories: Sequence[Category]) -> None:
         self._folder = folder
         self._categories = categories
+        ids = [category.id for category in categories]
+        self._ids = np.array(ids, dtype=np.uint8 if max(ids) < 2**8 else np.uint16)
         self._instances: TextIO | None = None
         self._separator = "["
         self._panoptic: list[dict[str, Any]] = []
@@ -156,8 +159,7 @@ class ResultWriter:
         )
 
     def _add_semantic(self, file: str, found: SemanticMap) -> None:
-        labels = found.labels.cpu().numpy().astype(np.uint8) + np.uint8(1)
-        self._save("semantic", file, Image.fromarray(labels))
+        self._save("semantic", file, Image.fromarray(self._ids[found.labels.cpu().numpy()]))
 
     def _save(self, kind: str, file: str, picture: Image.Image) -> None:
         (self._folder / kind).mkdir(exist_ok=True)

@@ -196,7 +196,7 @@ def _result(
     return TrialResult(
         trial_hash=job.trial_hash,
         step=state.step,
-        metrics={**state.metrics, **costs},
+        metrics={**state.metrics, **_peak_memory(store), **costs},
         evaluations=state.evaluations,
         checkpoint=name,
         num_parameters=state.num_parameters,
@@ -207,6 +207,16 @@ def _result(
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         micro_batch=images_at_once,
     )
+
+
+def _peak_memory(store: TrialStore) -> dict[str, float]:
+    """Return the most that the first worker took of host and GPU; plans count with it."""
+    points = store.points()
+    measured = {
+        name: [point.metrics[name] for point in points if name in point.metrics]
+        for name in ("sys/host_memory_gb", "sys/gpu_memory_gb")
+    }
+    return {name: max(values) for name, values in measured.items() if values}
 
 
 def _told_by_workers(error: Exception) -> Exception:

@@ -13,6 +13,7 @@ from knet_core import Recipe
 from knet_platform.errors import BudgetError
 from knet_platform.pace import (
     MEMORY_MODEL_BAND,
+    PROCESS_GB,
     Done,
     Estimate,
     Pace,
@@ -102,7 +103,11 @@ def look_up(
         gpu: Name of the GPU that they will run on.
         probes: Measurements by arm.
     """
-    found = {trial.hash: _state(store.trial(trial.hash)) for trial in sweep.distinct_trials}
+    on_gpu = sweep.resources.gpus_per_worker > 0
+    found = {
+        trial.hash: _state(store.trial(trial.hash), on_gpu=on_gpu)
+        for trial in sweep.distinct_trials
+    }
     history = {trial_hash: done for trial_hash, (_, done, _) in found.items() if done is not None}
     pace = _pace(sweep, history, gpu, probes)
     rows = []
@@ -149,10 +154,8 @@ def make_forecast(
     spent = sum(row.done.seconds for row in distinct if row.done is not None)
     gpus = sweep.resources.workers * sweep.resources.gpus_per_worker
     concurrent = _concurrent(sweep, price, instances)
-    measured = [probe.peak_memory_gb for probe in (probes or {}).values()]
-    recipes = [*(row.trial.recipe for row in rows), *_ends_to_come(sweep)]
-    memory = max(measured or [peak_memory_gb(recipe, sweep.resources) for recipe in recipes])
-    spread = 1.1 if measured else MEMORY_MODEL_BAND
+    memory, memory_source = _peak_memory(sweep, rows, probes or {})
+    spread = MEMORY_MODEL_BAND if memory_source == "model" else 1.1
     return Forecast(
         seconds=seconds,
         gpu_hours=seconds.times(gpus / 3600),
@@ -162,16 +165,39 @@ def make_forecast(
         source=" + ".join(sorted({item.source for item in needed})) or "history",
         uncounted=len(needed) - len(estimates),
         peak_memory_gb=Band(memory / spread, memory, memory * spread),
-        memory_source="probe" if measured else "model",
+        memory_source=memory_source,
         spent_gpu_hours=spent * gpus / 3600,
         spent_usd=spent * price.usd_per_hour / 3600,
         price=price,
     )
 
 
-def _ends_to_come(sweep: Sweep) -> list[Recipe]:
+def _peak_memory(
+    sweep: Sweep, rows: Sequence[PlannedTrial], probes: Mapping[str, Probe]
+) -> tuple[float, Source]:
+    """Return what the hungriest arm needs, of finished trials, of its probe or of the model."""
+    known = {
+        row.trial.arm: row.done.peak_memory_gb
+        for row in rows
+        if row.done is not None and row.done.peak_memory_gb is not None
+    }
+    needs: list[tuple[float, Source]] = []
+    for arm, recipe in [
+        *((row.trial.arm, row.trial.recipe) for row in rows),
+        *_ends_to_come(sweep).items(),
+    ]:
+        if arm in known:
+            needs.append((known[arm], "history"))
+        elif arm in probes:
+            needs.append((probes[arm].peak_memory_gb, "probe"))
+        else:
+            needs.append((peak_memory_gb(recipe, sweep.resources), "model"))
+    return max(needs)
+
+
+def _ends_to_come(sweep: Sweep) -> Mapping[str, Recipe]:
     search = sweep.search
-    return list(search.ends.values()) if search and search.to_come else []
+    return search.ends if search and search.to_come else {}
 
 
 def _to_come(
@@ -239,16 +265,25 @@ def _caps(budget: Budget, forecast: Forecast) -> list[tuple[str, float, float, B
     return caps
 
 
-def _state(store: TrialStore) -> tuple[Status, Done | None, str | None]:
+def _state(store: TrialStore, *, on_gpu: bool) -> tuple[Status, Done | None, str | None]:
     state = store.status()
     if state == "new":
         return state, None, None
     if state == "finished" and (result := store.result()):
-        return state, Done(step=result.step, seconds=result.seconds), None
+        memory = _measured_memory(result.metrics, on_gpu=on_gpu)
+        done = Done(step=result.step, seconds=result.seconds, peak_memory_gb=memory)
+        return state, done, None
     failure = store.failure()
     saved = store.state()
-    done = Done(step=saved.step, seconds=saved.seconds) if saved else None
-    return state, done, f"{failure.kind}: {failure.message}" if failure else None
+    partly = Done(step=saved.step, seconds=saved.seconds) if saved else None
+    return state, partly, f"{failure.kind}: {failure.message}" if failure else None
+
+
+def _measured_memory(metrics: Mapping[str, float], *, on_gpu: bool) -> float | None:
+    if not on_gpu:
+        return metrics.get("sys/host_memory_gb")
+    tensors = metrics.get("sys/gpu_memory_gb")
+    return None if tensors is None else PROCESS_GB + tensors
 
 
 def _total(estimates: Sequence[Estimate], add: Callable[[list[float]], float]) -> Band:

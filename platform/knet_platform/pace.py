@@ -81,6 +81,8 @@ class Done:
 
     step: int
     seconds: float
+    peak_memory_gb: float | None = None
+    """Of its first worker; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

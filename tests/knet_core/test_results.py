@@ -49,7 +49,8 @@ def test_pngs_are_there_as_soon_as_an_image_is(tmp_path: Path) -> None:
     with ResultWriter(tmp_path, CLASSES) as results:
         results.add(info(3, "town/one.jpg"), labels)
         with Image.open(tmp_path / "semantic" / "town_one.png") as picture:
-            assert np.asarray(picture).tolist() == [[1, 2]]
+            assert picture.mode == "L"
+            assert np.asarray(picture).tolist() == [[7, 92]]
     with ResultWriter(tmp_path, CLASSES) as results:
         results.add(info(3, "../one.jpg"), ids)
         assert (tmp_path / "panoptic" / "one.png").is_file()
@@ -60,6 +61,14 @@ def test_pngs_are_there_as_soon_as_an_image_is(tmp_path: Path) -> None:
     assert annotation["segments_info"] == [
         {"id": 1001, "category_id": 92, "area": 1, "score": 0.5}
     ]
+
+
+def test_semantic_maps_hold_large_ids_in_16_bits(tmp_path: Path) -> None:
+    labels = SemanticMap(labels=torch.tensor([[0, 1]], dtype=torch.uint8))
+    with ResultWriter(tmp_path, (CLASSES[0], Category(300, "sky", isthing=False))) as results:
+        results.add(info(3, "one.jpg"), labels)
+    with Image.open(tmp_path / "semantic" / "one.png") as picture:
+        assert np.asarray(picture).tolist() == [[7, 300]]
 
 
 def test_names_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_results_checkpoints_and_pictures_are_in_the_store(done: Done) -> None:
         result = store.result()
         assert result is not None
         assert (result.step, result.workers, result.device) == (6, 2, "cpu")
+        assert result.metrics["sys/host_memory_gb"] > 0.1  # what a plan counts with
         assert [point.step for point in result.evaluations] == [3, 6]
         model = load_model(done.home / "storage" / "trials" / trial.hash / result.checkpoint)
         assert model.num_classes == 6

@@ -39,8 +39,9 @@ def trials():
 def finish(home, finished):
     """Return a function that gives a trial its result."""
 
-    def finish(trial_hash: str) -> None:
-        Store(str(home / "storage")).trial(trial_hash).write_result(finished(trial_hash, step=300))
+    def finish(trial_hash: str, **metrics: float) -> None:
+        result = finished(trial_hash, step=300, metrics={"val/AP": 0.3, **metrics})
+        Store(str(home / "storage")).trial(trial_hash).write_result(result)
 
     return finish
 
@@ -167,6 +168,21 @@ def test_the_forecast_has_its_fixed_form(capsys):
     assert forecast["peak_memory_gb"] > 0
     assert forecast["source"] == "model"
     assert forecast["price_assumed"]
+
+
+def test_finished_trials_tell_how_much_memory_their_arm_needs(capsys, home, trials, finish):
+    """The other arms are told by the model; the hungriest arm counts."""
+
+    def forecast():
+        assert main(["plan", *ARGUMENTS, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["forecast"]
+        return found["peak_memory_gb"], found["memory_source"]
+
+    finish(trials["5/0"], **{"sys/host_memory_gb": 0.01})
+    fours = forecast()
+    assert (fours[0] > 0.1, fours[1]) == (True, "model")
+    finish(trials["5/0"], **{"sys/host_memory_gb": 7.5})
+    assert forecast() == (7.5, "history")
 
 
 def test_a_named_instance_gives_gpus_prices_and_a_smaller_wall_clock(capsys, tmp_path):
