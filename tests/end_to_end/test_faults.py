@@ -58,7 +58,7 @@ baseline: refused
 seeds: [0, 1]
 resources: {max_concurrent: 1}
 arms:
-  refused: {model.backbone.checkpoint: nowhere.safetensors}
+  refused: {model.backbone.checkpoint: FOLDER/damaged.safetensors}
   good: {}
   better: {eval.score_threshold: 0.2}
 """
@@ -235,14 +235,15 @@ def test_what_cannot_be_used_stops_whatever_shares_it(ray_cluster: str, photogra
     """The refused arm stops its other seed, the broken image every trial that is left."""
     broken = min((photographs / "shapes" / "train").iterdir())
     broken.write_bytes(broken.read_bytes()[:100])
-    (photographs / "unusable.yaml").write_text(UNUSABLE)
+    (photographs / "damaged.safetensors").write_bytes(b"no weights")
+    (photographs / "unusable.yaml").write_text(UNUSABLE.replace("FOLDER", str(photographs)))
     done = run(photographs, "unusable.yaml")
     assert done.code == 3
     assert done.attempts() == {"refused/0": "1", "good/0": "1"}
     refused, spoilt = (done.trial(name).failure() for name in ("refused/0", "good/0"))
     assert refused is not None
     assert (refused.cause, refused.action) == ("configuration", "stopped the arm")
-    assert "nowhere.safetensors" in refused.message
+    assert "damaged.safetensors" in refused.message
     assert spoilt is not None
     assert (spoilt.cause, spoilt.action) == ("data", "stopped every trial of the same data")
     assert broken.name in spoilt.message

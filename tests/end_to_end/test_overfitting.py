@@ -72,7 +72,7 @@ def eight_streets(real_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-FOUR = ("train.batch_size=4", "train.iterations=150", "train.eval_every=150")
+FOUR = ("train.batch_size=4", "train.iterations=200", "train.eval_every=200")
 
 
 def test_panoptic_segmentation_learns_four_photographs(four_photographs: Path) -> None:
@@ -91,6 +91,8 @@ def test_semantic_segmentation_learns_eight_streets(eight_streets: Path) -> None
         "camvid.yaml",
         eight_streets,
         "model.update_channels=null",
+        "data.short_edge=[96,96]",
+        "data.long_edge=192",
         "data.crop=null",
         "data.scale_range=[1,1]",
         "data.photometric=false",

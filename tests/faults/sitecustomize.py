@@ -91,6 +91,7 @@ def _install(faults, folder):
             record = folder / "checkpoint_manager_snapshot.json"
             record.write_bytes(record.read_bytes()[:100])  # it died while Ray Train wrote it
             os.kill(int((faults / "driver.pid").read_text()), signal.SIGKILL)
+            time.sleep(3600)  # Ray ends it with its driver; no further checkpoint until then
         if is_due("hang", number):
             time.sleep(3600)
         if (nan := faults / "nan").exists() and number >= int(nan.read_text()):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from knet_core import BackboneConfig, ConfigError, LossConfig, ModelConfig, Recipe
-from knet_platform.identity import _digest, code_digest, identity, trial_hash
+from knet_platform.identity import code_digest, digest, identity, trial_hash
 
 ROOT = Path(__file__).parents[2]
 PRINT = (
@@ -42,7 +42,7 @@ def test_every_process_computes_the_same(hash_seed, locale, folder):
 def test_the_scheme_is_pinned():
     """Another hash here makes every trial of every user new: change it only on purpose."""
     values = {"seed": 7, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "compat": "none", "é": None}
-    assert _digest(values, "fingerprint", "code") == "6951d7fd928203f7"
+    assert digest(values, "fingerprint", "code") == "6951d7fd928203f7"
 
 
 def test_data_and_code_are_part_of_it():

@@ -42,7 +42,7 @@ arms:
   "2": {model.stages: 2}
 resources: {workers: 2}
 """
-BROKEN_ARM = "  broken: {model.backbone.checkpoint: nowhere.safetensors}\n"
+BROKEN_ARM = "  broken: {model.backbone.checkpoint: FOLDER/damaged.safetensors}\n"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def done(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "tiny.yaml").write_text(SWEEP)
-    (folder / "broken.yaml").write_text(SWEEP.replace("resources:", BROKEN_ARM + "resources:"))
+    (folder / "damaged.safetensors").write_bytes(b"no weights")
+    broken = BROKEN_ARM.replace("FOLDER", str(folder))
+    (folder / "broken.yaml").write_text(SWEEP.replace("resources:", broken + "resources:"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KNET_HOME", str(folder / "home"))
         for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
@@ -111,7 +113,7 @@ def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:
     assert [trial["arm"] for trial in done.outcome["finished"]] == ["1", "2"]
     (failed,) = done.outcome["failed"]
     assert failed["arm"] == "broken"
-    assert "nowhere.safetensors" in failed["reason"]
+    assert "damaged.safetensors" in failed["reason"]
     failure = done.store.trial(failed["trial_hash"]).failure()
     assert failure is not None
     assert failure.message == failed["reason"]
