@@ -26,12 +26,19 @@ from knet_core.errors import (
     DiskFullError,
     EvaluationMemoryError,
     KNetError,
+    NewerFormatError,
     NonFiniteError,
     TrainingMemoryError,
 )
 
 if TYPE_CHECKING:
     from knet_core.checkpoint import load_model
+    from knet_core.checkpoint_manifest import (
+        CONTENT_FILES,
+        MANIFEST_FILE,
+        parse_manifest,
+        verify_checkpoint,
+    )
     from knet_core.checkpoint_state import CheckpointState, load_recipe, parse_state, read_state
     from knet_core.data import (
         DATA_HOMES,
@@ -122,6 +129,10 @@ _LAZY = {
     "mean_activations": "knet_core.kernel_maps",
     "measure_speed": "knet_core.speed",
     "new_folder": "knet_core.results",
+    "CONTENT_FILES": "knet_core.checkpoint_manifest",
+    "MANIFEST_FILE": "knet_core.checkpoint_manifest",
+    "parse_manifest": "knet_core.checkpoint_manifest",
+    "verify_checkpoint": "knet_core.checkpoint_manifest",
     "parse_state": "knet_core.checkpoint_state",
     "plan_schedule": "knet_core.schedule",
     "predict": "knet_core.prediction",
@@ -137,7 +148,9 @@ _LAZY = {
 __all__ = [
     "CHECK_ERRORS",
     "CHECK_WARNINGS",
+    "CONTENT_FILES",
     "DATA_HOMES",
+    "MANIFEST_FILE",
     "BackboneConfig",
     "Batch",
     "Callback",
@@ -163,6 +176,7 @@ __all__ = [
     "LossTerms",
     "MaskAP",
     "ModelConfig",
+    "NewerFormatError",
     "NonFiniteError",
     "OptimConfig",
     "PanopticMap",
@@ -201,6 +215,7 @@ __all__ = [
     "mean_activations",
     "measure_speed",
     "new_folder",
+    "parse_manifest",
     "parse_state",
     "plan_schedule",
     "predict",
@@ -210,6 +225,7 @@ __all__ = [
     "score_instances",
     "score_panoptic",
     "score_semantic",
+    "verify_checkpoint",
     "write_coco",
 ]
 

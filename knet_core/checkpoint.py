@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, read with one clear line about what is wrong.
 
 `checkpoint_<step>/` holds the model (safetensors), the optimizer's and the random generators'
-state (`trainer.pt`, loads with `weights_only=True`), how far the run had come (`state.json`) and
-its recipe (`recipe.yaml`). Of an imported model `trainer.pt` only says where it came from
-(`IMPORTED`), and the step is 0.
+state (`trainer.pt`, loads with `weights_only=True`), how far the run had come (`state.json`), its
+recipe (`recipe.yaml`) and, written last, the digests of all these (`manifest.json`). Of an
+imported model `trainer.pt` only says where it came from (`IMPORTED`), and the step is 0.
 """
 
 import dataclasses
@@ -21,6 +21,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from knet_core.checkpoint_manifest import (
+    CONTENT_FILES,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    TRAINER_FILE,
+    dump_manifest,
+    verify_checkpoint,
+)
 from knet_core.checkpoint_state import (
     RECIPE_FILE,
     STATE_FILE,
@@ -35,8 +43,6 @@ from knet_core.config import EvalConfig, Recipe
 from knet_core.errors import CheckpointError, DiskFullError
 from knet_core.models.knet import KNet, build_model
 
-MODEL_FILE = "model.safetensors"
-TRAINER_FILE = "trainer.pt"
 IMPORTED = "imported_from"
 """Key of `trainer.pt` where weights came from elsewhere: there is no optimizer to go on with."""
 
@@ -45,6 +51,7 @@ _FREE_TO_CHANGE = frozenset(
         "data.root",
         "data.num_workers",
         "train.log_every",
+        "train.checkpoint_minutes",
         "eval.probe_images",
         "eval.fps_iterations",
     }
@@ -95,8 +102,7 @@ def copy_checkpoint(source: Path, directory: Path) -> None:
         CheckpointError: A file is missing.
         DiskFullError: The disk is full; nothing half-written is left.
     """
-    names = (MODEL_FILE, TRAINER_FILE, STATE_FILE, RECIPE_FILE)
-    _write_whole(directory, {name: read_file(source, name) for name in names})
+    _write_whole(directory, {name: read_file(source, name) for name in CONTENT_FILES})
 
 
 def load_model(
@@ -113,8 +119,9 @@ def load_model(
         evaluation: Thresholds and limits of its results; unset: those of its recipe.
 
     Raises:
-        CheckpointError: A file is missing, cut short, or belongs to another model.
+        CheckpointError: A file is missing, damaged, of a newer version or of another model.
     """
+    verify_checkpoint(directory)
     state = read_state(directory)
     recipe = load_recipe(directory)
     if evaluation is not None:
@@ -199,20 +206,21 @@ def without_pretrained(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, backbone=backbone))
 
 
-def _write_whole(directory: Path, files: Mapping[str, bytes]) -> None:
+def _write_whole(directory: Path, content: Mapping[str, bytes]) -> None:
+    files = {**content, MANIFEST_FILE: dump_manifest(content).encode()}
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of an attempt that was killed
         unfinished.mkdir(parents=True)
-        for name, content in files.items():
-            _write(unfinished / name, content)
+        for name, data in files.items():
+            _write(unfinished / name, data)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.replace(directory)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise _disk_full(directory, sum(len(content) for content in files.values())) from error
+        raise _disk_full(directory, sum(map(len, files.values()))) from error
 
 
 def _write(file: Path, content: bytes) -> None:

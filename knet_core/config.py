@@ -374,10 +374,14 @@ class TrainConfig:
     """Iterations between evaluations; unset: once an epoch. The last iteration evaluates too."""
     checkpoint_every: int | None = None
     """Iterations between checkpoints; unset: at every evaluation."""
+    checkpoint_minutes: float | None = 15
+    """Age of the last checkpoint at which one is written in between; unset: none is. What a run
+    that dies has to do again takes about as long at most, and no result depends on it."""
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "log_every", "epochs")
-        optional = ("iterations", "micro_batch", "eval_every", "checkpoint_every")
+        rhythm = ("eval_every", "checkpoint_every", "checkpoint_minutes")
+        optional = ("iterations", "micro_batch", *rhythm)
         values = {name: getattr(self, name) for name in (*positive, *optional)}
         _check(
             *(

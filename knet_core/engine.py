@@ -21,6 +21,7 @@ from knet_core.checkpoint import (
     save_checkpoint,
     without_pretrained,
 )
+from knet_core.checkpoint_manifest import verify_checkpoint
 from knet_core.checkpoint_state import CheckpointState, read_state
 from knet_core.config import Recipe
 from knet_core.data import SegmentationDataset, build_dataset, train_loader
@@ -32,6 +33,7 @@ from knet_core.models.knet import build_model
 from knet_core.pieces import is_separable
 from knet_core.progress import Callback, FitResult, Point, Report
 from knet_core.randomness import random_state, restore_random_state, seed_everything
+from knet_core.save_clock import SaveClock
 from knet_core.schedule import Schedule, plan_schedule
 from knet_core.trainer import Trainer
 
@@ -51,6 +53,7 @@ def fit(
     images_at_once: int | None = None,
     on_progress: Callable[[], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    should_save: Callable[[], bool] | None = None,
 ) -> FitResult:
     """Train, evaluate and save; every worker calls it and gets the same result.
 
@@ -68,6 +71,9 @@ def fit(
         on_progress: Called on every worker after each step and each batch of an evaluation.
         should_stop: Asked on the first worker before each report; once it says yes, the run saves,
             reports and returns.
+        should_save: Asked on every worker, or on none, about every other second between steps; as
+            soon as one says yes, the run saves and reports, which changes no result. It says yes
+            once for each reason.
 
     Raises:
         ConfigError: The recipe cannot be run on this many workers or with this data.
@@ -86,6 +92,7 @@ def fit(
     schedule = plan_schedule(recipe.train, num_images=len(train_set), world_size=world_size())
     state = None
     if resume_from is not None:
+        verify_checkpoint(resume_from)
         require_same_recipe(resume_from, recipe)
         state = read_state(resume_from)
         if state.categories != train_set.categories:
@@ -122,6 +129,7 @@ def fit(
         images_at_once=images_at_once,
         on_progress=on_progress,
         should_stop=should_stop,
+        should_save=should_save,
     )
     if state is not None and resume_from is not None:
         run.resume(state, resume_from)
@@ -146,6 +154,7 @@ class _Run:
         images_at_once: int | None,
         on_progress: Callable[[], None] | None,
         should_stop: Callable[[], bool] | None,
+        should_save: Callable[[], bool] | None,
     ) -> None:
         self._recipe = recipe
         self._schedule = schedule
@@ -160,8 +169,10 @@ class _Run:
         self._on_progress = on_progress or _nothing
         self._eval_limit = MemoryLimit(recipe.eval.batch_size)
         self._should_stop = should_stop
+        self._should_save = should_save
         self._stopped = False
         self._step = 0
+        self._meter = Meter(schedule.batch_size)
         self._points: list[Point] = []
         self._evaluations: list[Point] = []
         self._metrics: dict[str, float] = {}
@@ -175,6 +186,8 @@ class _Run:
         self._trainer.load_state_dict(saved)
         if rank() < len(saved["random"]):  # more workers than before: the new ones start afresh
             restore_random_state(saved["random"][rank()])
+        if len(saved.get("meter", ())) == world_size():
+            self._meter.load_state_dict(saved["meter"][rank()], self._device)
         self._step = state.step
         self._evaluations = list(state.evaluations)
         self._metrics = state.metrics
@@ -195,24 +208,28 @@ class _Run:
             num_workers=self._recipe.data.num_workers,
         )
         self._trainer.model.train()
-        meter = Meter(schedule.batch_size)
+        self._clock = SaveClock(
+            self._recipe.train.checkpoint_minutes, self._should_save, step=self._step
+        )
         checkpoint = None
         while self._step < schedule.num_iterations and not self._stopped:
             asked = time.perf_counter()
             micro_batches = [next(batches) for _ in range(schedule.num_micro_batches)]
             waited = time.perf_counter() - asked
             try:
-                meter.add(self._trainer.step(self._step, micro_batches), waited=waited)
+                self._meter.add(self._trainer.step(self._step, micro_batches), waited=waited)
             except torch.OutOfMemoryError as error:
                 raise self._memory_error(error) from error
             self._step += 1
             self._on_progress()
             if schedule.logs(self._step):
-                point = meter.point(self._step)
+                point = self._meter.point(self._step)
                 self._points.append(point)
                 self._metrics = {**self._metrics, "train/loss": point.metrics["train/loss"]}
                 checkpoint = self._after_point() or checkpoint
-                meter.restart()  # evaluating and saving took no training time
+                self._meter.restart()  # evaluating and saving took no training time
+            elif self._clock.is_due(self._step):
+                checkpoint = self._save_between()
         assert checkpoint is not None, "the last step saves"
         return FitResult(
             step=self._step,
@@ -249,26 +266,51 @@ class _Run:
         """Evaluate, save and report as far as due; return the new checkpoint."""
         evaluates, saves = self._schedule.evaluates(self._step), self._schedule.saves(self._step)
         eval_batch, picture = self._evaluate() if evaluates else (None, None)
+        saves = saves or self._clock.is_due(self._step)
         reports = evaluates or saves or self._report_is_due()
         self._stopped = reports and self._stop_is_asked()
         checkpoint = self._save() if saves or self._stopped else None
         if reports:
-            report = Report(
-                step=self._step,
-                epoch=self._schedule.epoch(self._step),
-                num_iterations=self._schedule.num_iterations,
-                points=tuple(self._points),
+            self._report(
+                checkpoint,
                 evaluation=self._evaluations[-1].metrics if evaluates else None,
                 eval_batch=eval_batch,
                 picture=picture,
-                checkpoint=checkpoint if rank() == 0 else None,
                 stage_picture=self._stage_picture() if evaluates else None,
             )
-            self._points.clear()
-            for callback in self._callbacks:
-                callback.on_report(report)
-            self._last_report = time.perf_counter()
         return checkpoint
+
+    def _save_between(self) -> Path:
+        """Save and report between two points of the curves."""
+        self._stopped = self._stop_is_asked()
+        checkpoint = self._save()
+        self._report(checkpoint)
+        return checkpoint
+
+    def _report(
+        self,
+        checkpoint: Path | None,
+        *,
+        evaluation: dict[str, float] | None = None,
+        eval_batch: int | None = None,
+        picture: bytes | None = None,
+        stage_picture: bytes | None = None,
+    ) -> None:
+        report = Report(
+            step=self._step,
+            epoch=self._schedule.epoch(self._step),
+            num_iterations=self._schedule.num_iterations,
+            points=tuple(self._points),
+            evaluation=evaluation,
+            eval_batch=eval_batch,
+            picture=picture,
+            checkpoint=checkpoint if rank() == 0 else None,
+            stage_picture=stage_picture,
+        )
+        self._points.clear()
+        for callback in self._callbacks:
+            callback.on_report(report)
+        self._last_report = time.perf_counter()
 
     def _evaluate(self) -> tuple[int | None, bytes | None]:
         """Return the batch to which memory limited it, and the picture."""
@@ -316,18 +358,20 @@ class _Run:
             num_parameters=self._trainer.num_parameters,
         )
         random = gather_on_zero(random_state())
+        meter = gather_on_zero(self._meter.state_dict())
 
         def save() -> None:
             save_checkpoint(
                 directory,
                 model=self._trainer.model,
-                trainer={**self._trainer.state_dict(), "random": random},
+                trainer={**self._trainer.state_dict(), "random": random, "meter": meter},
                 state=state,
                 recipe=self._recipe,
             )
             _remove_old_checkpoints(self._output_dir, self._step)
 
         on_rank_zero(save)
+        self._clock.saved()
         return directory
 
     def _report_is_due(self) -> bool:

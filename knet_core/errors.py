@@ -46,6 +46,10 @@ class CheckpointError(KNetError):
     exit_code = 2
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written by a newer version: it is not damaged, this version is too old."""
+
+
 class NonFiniteError(KNetError):
     """A loss or a matching cost became NaN or infinite; training stops rather than hide it.
 

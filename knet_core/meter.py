@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,28 @@ class Meter:
         self._grad_norms.append(result.grad_norm)
         self._lr = result.lr
         self._waited += waited
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums in plain values."""
+        return {
+            "steps": self._steps,
+            "losses": {name: value.item() for name, value in self._losses.items()},
+            "grad_norms": [value.item() for value in self._grad_norms],
+            "lr": self._lr,
+            "waited": self._waited,
+            "seconds": time.perf_counter() - self._start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on with the sums of `state_dict`, on the device of the steps to come."""
+        self._steps = state["steps"]
+        self._losses = {
+            name: torch.tensor(value, device=device) for name, value in state["losses"].items()
+        }
+        self._grad_norms = [torch.tensor(value, device=device) for value in state["grad_norms"]]
+        self._lr = state["lr"]
+        self._waited = state["waited"]
+        self._start = time.perf_counter() - state["seconds"]
 
     def point(self, step: int) -> Point:
         """Return the means over all workers since the last point, and start anew."""

@@ -23,9 +23,8 @@ from knet_platform.failures import Policy, cause_of
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
 
-KEPT_CHECKPOINTS = 2
 _RAYS_RECORD = "checkpoint_manager_snapshot.json"
-"""Where Ray Train notes a run's checkpoints; it is not written whole or not at all."""
+"""Where Ray Train notes a run's checkpoints; the store knows better (docs/design/storage.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +41,8 @@ class TrialJob:
     gpus_per_worker: float
     hang_minutes: float
     """Without a step; 0 waits for ever."""
+    retention: dict[str, Any]
+    """A `Retention`."""
     usd_per_hour: float | None
     """What all workers together cost; None where the sweep names no price."""
 
@@ -137,7 +138,7 @@ def _fit(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     _name_cluster()
-    store.discard_cut_file(_RAYS_RECORD)
+    store.delete(_RAYS_RECORD)
     # Ray's annotations describe its version 1.
     trainer: Any = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
@@ -161,7 +162,6 @@ def _fit(
                 controller_failure_limit=0,  # type: ignore[call-arg]
                 max_preemption_failures=0,
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
         ),
     )

@@ -21,6 +21,7 @@ _NOT_HASHED = (
     ("data", "root"),
     ("data", "num_workers"),
     ("train", "log_every"),
+    ("train", "checkpoint_minutes"),
     ("eval", "probe_images"),
     ("eval", "fps_iterations"),
 )

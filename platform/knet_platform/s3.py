@@ -77,7 +77,7 @@ def explained(uri: str, verb: str) -> Iterator[None]:
 
 def _advice(error: Exception) -> str:
     if isinstance(error, NoCredentialsError):
-        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
+        return "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret, or give the machine a role"
     if isinstance(error, EndpointConnectionError):
         return "check AWS_ENDPOINT_URL, AWS_REGION and the network"
     # An upload in parts reports a refusal as an error of its own, caused by the one that tells.

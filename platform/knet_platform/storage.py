@@ -2,29 +2,23 @@
 
 Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
 pruned.json, failures/<number>.json, curves/<step>.json, checkpoint_<step>/, ...}`; this folder is
-also Ray Train's run folder.
+also Ray Train's run folder. What is below `checkpoint_<step>/`: see `checkpoints`.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
 search has suggested (`suggestions`).
-A local file appears whole or not at all (written beside, then renamed); an S3 object does so by
-nature.
+Every file appears whole or not at all (`files`).
 """
 
-import errno
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from uuid import uuid4
 
-from pyarrow import fs
-
-from knet_core import DiskFullError
+from knet_platform.checkpoints import Checkpoints, step_of
 from knet_platform.errors import StorageError
+from knet_platform.files import Files, open_files
 from knet_platform.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -39,6 +33,7 @@ Cause = Literal[
     "data",
     "configuration",
     "hang",
+    "damaged_checkpoint",
     "crash",
 ]
 """Classes of failures, each with a policy of its own (docs/design/failures.md)."""
@@ -49,8 +44,6 @@ CURVES = "curves"
 """Folder of a trial that takes all points of its curves."""
 
 _FAILURE = re.compile(r"(\d+)\.json")
-_CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-_CHECKPOINT_FILES = {"model.safetensors", "trainer.pt", "state.json", "recipe.yaml"}
 
 
 class EvaluationLike(Protocol):
@@ -149,36 +142,22 @@ class Store:
         """Open `uri`: a local path or s3://bucket/prefix (`AWS_ENDPOINT_URL` is honoured).
 
         Raises:
-            StorageError: The address is of another kind, or its server cannot be reached.
+            StorageError: The address is of another kind.
         """
-        self.uri = uri.rstrip("/")
-        scheme = uri.partition("://")[0] if "://" in uri else ""
-        if scheme not in {"", "s3"}:
-            raise StorageError(
-                f"KNET_STORAGE: got '{uri}', expected a local path or s3://bucket/prefix"
-            )
-        if scheme:
-            with _explained(self.uri, "open"):
-                self._filesystem, self._root = fs.FileSystem.from_uri(self.uri)
-        else:
-            self._filesystem, self._root = fs.LocalFileSystem(), str(Path(uri).absolute())
+        self._files = open_files(uri)
+        self.uri = self._files.uri
 
     def trial(self, trial_hash: str) -> "TrialStore":
         """Return the part of the store that belongs to one trial; nothing is created."""
-        return self._folder(f"trials/{trial_hash}")
+        return TrialStore(self._files, f"trials/{trial_hash}")
 
     def run(self, run_id: str) -> "TrialStore":
         """Return the part that one run of a sweep and its trials talk through."""
-        return self._folder(f"runs/{run_id}")
+        return TrialStore(self._files, f"runs/{run_id}")
 
     def search(self, search_id: str) -> "TrialStore":
         """Return the part that keeps what a search has suggested."""
-        return self._folder(f"searches/{search_id}")
-
-    def _folder(self, relative: str) -> "TrialStore":
-        return TrialStore(
-            f"{self.uri}/{relative}", filesystem=self._filesystem, root=f"{self._root}/{relative}"
-        )
+        return TrialStore(self._files, f"searches/{search_id}")
 
     def hashes(self) -> list[str]:
         """Return the hashes of all trials that were ever started, sorted."""
@@ -186,24 +165,26 @@ class Store:
 
     def run_folder(self) -> "TrialStore":
         """Return the store's own folder as that of one run, as `knet train` fills it."""
-        return TrialStore(self.uri, filesystem=self._filesystem, root=self._root)
+        return TrialStore(self._files, "")
 
 
 class TrialStore:
     """One trial's folder."""
 
-    def __init__(self, uri: str, *, filesystem: Any, root: str) -> None:
-        self.uri = uri
-        self._filesystem = filesystem
-        self._root = root
+    def __init__(self, files: Files, folder: str) -> None:
+        self.uri = f"{files.uri}/{folder}".rstrip("/")
+        self.checkpoints = Checkpoints(files, folder)
+        self._files = files
+        self._folder = folder
 
     def result(self) -> TrialResult | None:
         """Return the result of a finished trial."""
         values = self._read_json("result.json")
         if values is None:
             return None
-        evaluations = tuple(Evaluation(**item) for item in values.pop("evaluations"))
-        return TrialResult(evaluations=evaluations, **values)
+        with self._of_this_version("result.json"):
+            evaluations = tuple(Evaluation(**item) for item in values.pop("evaluations"))
+            return TrialResult(evaluations=evaluations, **values)
 
     def write_result(self, result: TrialResult) -> None:
         """Mark the trial as finished, whatever ended it before."""
@@ -220,7 +201,10 @@ class TrialStore:
     def failure(self) -> Failure | None:
         """Return the failure that ended the trial; None if it went on or can go on."""
         values = self._read_json("failure.json")
-        return None if values is None else Failure(**values)
+        if values is None:
+            return None
+        with self._of_this_version("failure.json"):
+            return Failure(**values)
 
     def failures(self) -> tuple[Failure, ...]:
         """Return everything that ever went wrong in the trial, oldest first."""
@@ -241,7 +225,7 @@ class TrialStore:
 
     def clear_failure(self) -> None:
         """Let the trial go on after the failure that ended it, if any; the record stays."""
-        self._delete("failure.json")
+        self.delete("failure.json")
 
     def pruned(self) -> Pruned | None:
         """Return where a screen stopped the trial; None if it went on, or ended otherwise."""
@@ -256,7 +240,7 @@ class TrialStore:
 
     def clear_pruned(self) -> None:
         """Let the trial go on after a screen stopped it."""
-        self._delete("pruned.json")
+        self.delete("pruned.json")
 
     def provenance(self) -> Provenance | None:
         """Return what the trial was made from; None before its first start."""
@@ -308,42 +292,19 @@ class TrialStore:
                 found[point.step] = point
         return tuple(found[step] for step in sorted(found))
 
-    def discard_cut_file(self, relative: str) -> None:
-        """Delete a JSON file that its writer did not live to finish, if it is one."""
-        if relative not in self.list():
-            return
-        try:
-            json.loads(self.read_bytes(relative))
-        except ValueError:
-            with _explained(f"{self.uri}/{relative}", "write"):
-                self._filesystem.delete_file(f"{self._root}/{relative}")
-
     def latest_checkpoint(self) -> str | None:
-        """Return the name of the newest checkpoint that has all its files."""
-        steps = [int(match[1]) for name in self.list() if (match := _CHECKPOINT.fullmatch(name))]
-        for step in sorted(steps, reverse=True):
-            name = next(n for n in self.list() if _is_step(n, step))
-            if set(self.list(name)) >= _CHECKPOINT_FILES:
-                return name
-        return None
+        """Return the name of the newest complete checkpoint."""
+        return self.checkpoints.newest()
 
     def latest_step(self) -> int:
         """Return the step of the newest checkpoint, 0 without one."""
         name = self.latest_checkpoint()
-        return int(name.rpartition("_")[2]) if name else 0
+        return step_of(name) if name else 0
 
     def state(self) -> "CheckpointState | None":
         """Return the training state of the newest checkpoint."""
         name = self.latest_checkpoint()
-        if name is None:
-            return None
-        from knet_core import read_state
-
-        if isinstance(self._filesystem, fs.LocalFileSystem):
-            return read_state(Path(self._root) / name)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "state.json").write_bytes(self.read_bytes(f"{name}/state.json"))
-            return read_state(Path(folder))
+        return self.checkpoints.state(name) if name else None
 
     def status(self) -> Status:
         """Return how far the trial has come."""
@@ -361,21 +322,7 @@ class TrialStore:
             DiskFullError: The disk took no more.
             StorageError: The store refused.
         """
-        target = f"{self._root}/{relative}"
-        local = isinstance(self._filesystem, fs.LocalFileSystem)
-        written = f"{target}.{uuid4().hex}.tmp" if local else target
-        with _explained(f"{self.uri}/{relative}", "write"):
-            try:
-                if local:
-                    self._filesystem.create_dir(target.rpartition("/")[0])
-                with self._filesystem.open_output_stream(written) as stream:
-                    stream.write(data)
-                if local:
-                    self._filesystem.move(written, target)
-            except OSError:
-                if local:
-                    Path(written).unlink(missing_ok=True)
-                raise
+        self._files.write(self._name(relative), data)
 
     def read_bytes(self, relative: str) -> bytes:
         """Return one file's content.
@@ -383,27 +330,30 @@ class TrialStore:
         Raises:
             StorageError: It is missing or cannot be read.
         """
-        with (
-            _explained(f"{self.uri}/{relative}", "read"),
-            self._filesystem.open_input_stream(f"{self._root}/{relative}") as stream,
-        ):
-            data: bytes = stream.read()
-        return data
+        return self._files.read(self._name(relative))
+
+    def delete(self, relative: str) -> None:
+        """Delete one file if it is there.
+
+        Raises:
+            StorageError: The store refused.
+        """
+        self._files.delete(self._name(relative))
 
     def list(self, relative: str = "") -> list[str]:
         """Return the names in a folder, sorted; a missing folder is empty."""
-        folder = f"{self._root}/{relative}".rstrip("/")
-        with _explained(f"{self.uri}/{relative}", "read"):
-            found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+        return self._files.list(self._name(relative))
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file below the folder, by its name from there."""
+        return self._files.sizes(self._folder)
+
+    def _name(self, relative: str) -> str:
+        return f"{self._folder}/{relative}".strip("/")
 
     def _failure_numbers(self) -> Sequence[int]:
         found = (_FAILURE.fullmatch(name) for name in self.list(FAILURES))
         return sorted(int(match[1]) for match in found if match)
-
-    def _delete(self, relative: str) -> None:
-        with _explained(self.uri, "write"), suppress(FileNotFoundError):
-            self._filesystem.delete_file(f"{self._root}/{relative}")
 
     def _read_json(self, relative: str) -> dict[str, Any] | None:
         if relative not in self.list():
@@ -420,24 +370,16 @@ class TrialStore:
             ) from error
         return values
 
+    @contextmanager
+    def _of_this_version(self, relative: str) -> Iterator[None]:
+        """Say what to do about a file whose keys this version does not know, or misses."""
+        try:
+            yield
+        except (TypeError, KeyError) as error:
+            raise StorageError(
+                f"{self.uri}/{relative}: written by another version of knet ({error}); use that "
+                f"version, or delete the file to run the trial again"
+            ) from error
+
     def _write_json(self, relative: str, values: Mapping[str, Any]) -> None:
         self.write_bytes(relative, json.dumps(values, indent=1).encode())
-
-
-def _is_step(name: str, step: int) -> bool:
-    match = _CHECKPOINT.fullmatch(name)
-    return match is not None and int(match[1]) == step
-
-
-@contextmanager
-def _explained(where: str, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(f"{where}: no space left; free some and run again") from error
-        problem = str(error).splitlines()[0]
-        raise StorageError(
-            f"{where}: cannot {verb} ({problem}); check KNET_STORAGE, its permissions, and for s3 "
-            f"the credentials and AWS_ENDPOINT_URL"
-        ) from error

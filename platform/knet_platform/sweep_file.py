@@ -76,6 +76,8 @@ class Resources:
     hang_minutes: float = 15
     """Without a step, after which a trial is ended and tried once more; its first step may take
     four times that. 0 waits for ever."""
+    keep_best: int = 1
+    """Checkpoints of the best evaluations that are kept beside the newest two."""
     instance: str | None = None
     """What it runs on, as `cluster/prices.yaml` calls it."""
     spot: bool = False
@@ -410,6 +412,9 @@ def _resource_problem(name: str, value: Any) -> str | None:
     if name in ("workers", "max_concurrent"):
         right = type(value) is int and value >= 1
         return None if right else f"expected an integer >= 1, got {value!r}"
+    if name == "keep_best":
+        right = type(value) is int and value >= 0
+        return None if right else f"expected an integer >= 0, got {value!r}"
     return None if _is_number(value) and value >= 0 else f"expected a number >= 0, got {value!r}"
 
 

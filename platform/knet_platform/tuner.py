@@ -262,6 +262,11 @@ class _Tune:
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
             hang_minutes=resources.hang_minutes,
+            retention={
+                "metric": self._sweep.metric.name,
+                "mode": self._sweep.metric.mode,
+                "best": resources.keep_best,
+            },
             usd_per_hour=price.usd_per_hour if price and not price.assumed else None,
         )
         return asdict(job)

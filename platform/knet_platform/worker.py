@@ -5,15 +5,19 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 
 from knet_core import NonFiniteError, Recipe, Report
 from knet_platform.attempts import may_go_on, verify
+from knet_platform.checkpoints import Retention, step_of
+from knet_platform.notices import Notices
 from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
 from knet_platform.storage import FAILURES, Evaluation, Failure, Store, TrialStore
@@ -27,7 +31,7 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
 
     Args:
         config: `recipe` (plain values), `store_uri`, `trial_hash`, `run_id`, `attempt`,
-            `images_at_once` (None: as the recipe asks) and `hang_minutes`.
+            `images_at_once` (None: as the recipe asks), `retention` and `hang_minutes`.
 
     Returns:
         The device's name, and whether the trial came to its end.
@@ -41,66 +45,101 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
     everything = Store(config["store_uri"])
     store = everything.trial(trial_hash)
     recipe = Recipe.from_dict(config["recipe"])
-    resumed = ray.train.get_checkpoint()
-    if resumed is None and (name := store.latest_checkpoint()):  # Ray Train lost its record
-        resumed = ray.train.Checkpoint(f"{store.uri}/{name}")
     rank = ray.train.get_context().get_world_rank()
+    resumed, damaged = ray.train.collective.broadcast_from_rank_zero(
+        _starting_point(store, config["attempt"]) if rank == 0 else (None, [])
+    )
     stacks_name = f"{FAILURES}/hang_attempt{config['attempt']}_rank{rank}.txt"
     watchdog = Watchdog(
         config["hang_minutes"] * 60 or math.inf,
         lambda stacks: store.write_bytes(stacks_name, stacks),
     )
-    reporter = RayReporter(
-        store,
-        run_id,
-        attempt=config["attempt"],
-        eval_batch=recipe.eval.batch_size,
-        resumed_from=Path(resumed.path).name if resumed else "",
-    )
     device = get_device()
     keep_freed_memory()
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         store.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
     with (
         watchdog,
         tempfile.TemporaryDirectory(prefix="knet-") as folder,
-        resumed.as_directory() if resumed else nullcontext() as start,
+        store.checkpoints.open(resumed) if resumed else nullcontext() as start,
+        ThreadPoolExecutor(1, "upload") as uploads,  # is done before the scratch folder goes
+        Notices() as notices,
     ):
         scratch = Path(folder)
-        resume_from = Path(start) if start else None
+        reporter = RayReporter(
+            store,
+            run_id,
+            uploads=uploads,
+            retention=Retention(**config["retention"]),
+            attempt=config["attempt"],
+            eval_batch=recipe.eval.batch_size,
+            resumed_from=resumed or "",
+            damaged=damaged,
+        )
         try:
             result = fit(
                 recipe,
                 callbacks=[reporter],
                 output_dir=scratch,
-                resume_from=resume_from,
+                resume_from=start,
                 device=device,
                 images_at_once=config["images_at_once"],
                 on_progress=watchdog.beat,
                 should_stop=lambda: not may_go_on(everything, run_id, trial_hash),
+                should_save=notices.take,
             )
+            reporter.finish()
         except NonFiniteError as error:
             raise NonFiniteError(_keep_dumps(str(error), scratch, store)) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return name, result.finished
 
 
+def _starting_point(store: TrialStore, attempt: int) -> tuple[str | None, list[str]]:
+    """Return the checkpoint to go on from, and one line about each damaged one it had to pass."""
+    name, problems = store.checkpoints.newest_undamaged()
+    action = f"went on from {name}" if name else "started anew"
+    for problem in problems:
+        failure = Failure(
+            cause="damaged_checkpoint",
+            kind="CheckpointError",
+            message=problem,
+            action=action,
+            attempt=attempt,
+            step=step_of(name) if name else 0,
+        )
+        store.write_failure(failure, final=False)
+    return name, [f"{problem}; {action}" for problem in problems]
+
+
 class RayReporter:
-    """Hands reports to Ray Train: metrics as they are, checkpoints and pictures to the store."""
+    """Hands reports to Ray Train: metrics as they are, checkpoints and pictures to the store.
+
+    Checkpoints go to the store in a thread of their own while training goes on, one at a time.
+    """
 
     def __init__(
         self,
         store: TrialStore,
         run_id: str,
         *,
+        uploads: ThreadPoolExecutor,
+        retention: Retention,
         attempt: int,
         eval_batch: int,
         resumed_from: str,
+        damaged: Sequence[str],
     ) -> None:
         self._points: list[Evaluation] = []
         """Since the newest checkpoint, which the next attempt begins at."""
-        self._start = int(resumed_from.rpartition("_")[2] or 0)
+        self._start = step_of(resumed_from) if resumed_from else 0
         """Its step; 0 without one."""
+        self._uploads = uploads
+        self._upload: Future[None] | None = None
+        """The last one, perhaps still under way."""
+        self._retention = retention
+        self._damaged = list(damaged)
+        """What nobody has been told yet."""
         self._store = store
         self._run_id = run_id
         self._attempt = attempt
@@ -127,15 +166,48 @@ class RayReporter:
             self._keep(metrics["picture"], report.picture)
         if report.stage_picture is not None:
             self._keep(stage_picture_name(report.step), report.stage_picture)
+        if self._damaged:
+            metrics["retry"] = "; ".join(self._damaged)
+            self._damaged.clear()
         name, checkpoint = None, None
-        # A finished run reports its last checkpoint again. Ray Train must not count it twice:
-        # keeping the newest two, it would then delete the one that counts.
+        # A finished run reports its last checkpoint again; the store has it.
         if report.checkpoint is not None and report.checkpoint.name != self._resumed_from:
+            self.finish()
             name = report.checkpoint.name
             checkpoint = ray.train.Checkpoint.from_directory(str(report.checkpoint))
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+            self._upload = self._uploads.submit(self._put, report.checkpoint)
+        # Asynchronous also without a checkpoint: it would else wait for the one before it.
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._uploaded,
+        )
         if checkpoint is not None:
             self._start, self._points = report.step, []
+
+    def finish(self) -> None:
+        """Wait until the store has the last checkpoint.
+
+        Raises:
+            StorageError: It refused it.
+            DiskFullError: It is full.
+        """
+        if self._upload is not None:
+            self._upload.result()
+
+    def _put(self, checkpoint: Path) -> None:
+        self._store.checkpoints.put(checkpoint)
+        self._store.checkpoints.thin_out(self._retention)
+
+    def _uploaded(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Return a checkpoint in the store once it is there; Ray Train calls it in a thread."""
+        self.finish()
+        place = ray.train.get_context().get_storage()
+        return ray.train.Checkpoint(
+            place.build_checkpoint_path_from_name(name), place.storage_filesystem
+        )
 
     def _note_eval_batch(self, batch: int) -> None:
         """Record once to how many images at a time memory limits the evaluation."""

@@ -25,6 +25,7 @@ VERBS = {
     "import-official": "turn a published K-Net checkpoint into one of this project",
     "bench": "time a network as papers do",
     "doctor": "find what on this machine or cluster would stop a run",
+    "store": "show what runs take in the store, and delete what need not stay",
     "sync": "send the tracking store what did not reach it while sweeps ran",
     "ui": "open MLflow's pages on the runs",
 }

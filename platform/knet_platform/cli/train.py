@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from knet_core import KNetError
 from knet_platform.config import load_recipe
+from knet_platform.errors import InterruptedSweepError
 from knet_platform.home import knet_home, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, data_fingerprint(recipe.data)))
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
-    checkpoint = _newest_checkpoint(output)
+    checkpoint = _starting_point(output)
     keep_freed_memory()
     tracker = open_tracker(
         f"{sweep.name}-{trial.hash}",  # several may train one recipe at a time, with other seeds
@@ -70,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
         knet_home(),
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
     )
-    with _tracked(tracker, sweep), progress_bar(sweep.name) as advance:
+    terminated = Event()
+    with (
+        _tracked(tracker, sweep),
+        _termination_noted(terminated),
+        progress_bar(sweep.name) as advance,
+    ):
         if checkpoint is None:
             _record_provenance(output, recipe)
         for name, content in Store(str(output)).run_folder().provenance_files().items():
@@ -80,7 +89,14 @@ def run(args: argparse.Namespace) -> int:
             callbacks=[_Reporter(tracker, trial, advance)],
             output_dir=output,
             resume_from=checkpoint,
+            should_stop=terminated.is_set,
+            should_save=terminated.is_set,
         )
+        if not result.finished:
+            raise InterruptedSweepError(
+                f"{sweep.name}: terminated at step {result.step}; {result.checkpoint} is written, "
+                f"and the same command goes on from it"
+            )
     if left := tracker.left():
         print(f"warning: tracking: {left}", file=sys.stderr)
     if args.json:
@@ -144,6 +160,9 @@ def _tracked(tracker: "Tracker", sweep: Sweep) -> Iterator[None]:
     try:
         yield
         status, reason = "FINISHED", ""
+    except InterruptedSweepError as error:
+        status, reason = "KILLED", str(error)
+        raise
     except KNetError as error:
         reason = f"{type(error).__name__}: {error}"
         raise
@@ -153,6 +172,20 @@ def _tracked(tracker: "Tracker", sweep: Sweep) -> Iterator[None]:
     finally:
         tracker.finish_trial(trial.hash, status, reason)
         tracker.finish_sweep(status)
+
+
+@contextmanager
+def _termination_noted(terminated: Event) -> Iterator[None]:
+    """Let SIGTERM, which schedulers send before they take a machine away, only be noted."""
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        terminated.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _as_sweep(path: Path, recipe: "Recipe", identity: str) -> Sweep:
@@ -185,8 +218,9 @@ def _scale(recipe: Path, scale: str | None) -> Path | None:
     return recipe.parent.parent / "scales" / f"{scale}.yaml"
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint; `fit` writes them whole or not at all."""
-    found = folder.glob("checkpoint_*")
-    steps = [path for path in found if path.name.removeprefix("checkpoint_").isdigit()]
-    return max(steps, key=lambda path: int(path.name.split("_")[1]), default=None)
+def _starting_point(output: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written."""
+    name, problems = Store(str(output)).run_folder().checkpoints.newest_undamaged()
+    for problem in problems:
+        print(f"warning: {problem}; going on from {name or 'the start'}", file=sys.stderr)
+    return output / name if name else None

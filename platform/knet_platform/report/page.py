@@ -25,6 +25,8 @@ ADVICE: dict[Cause, str] = {
     "configuration": "Change the key that the message names, then run the same command again.",
     "hang": "The dump holds the stacks of all threads at the time. Look for a stalled data "
     "source or network, then run the same command again.",
+    "damaged_checkpoint": "Nothing to do: the trial went on from the one before. If it happens "
+    "again, look for what damages files in the store.",
     "crash": "Read the message and the worker's log. Once mended, knet retry --failed runs only "
     "the trials that failed.",
 }
