@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from knet_platform.checkpoints import Checkpoints, step_of
+from knet_platform.checkpoints import Checkpoints, Retention, step_of
 from knet_platform.errors import StorageError
 from knet_platform.files import Files, open_files
 from knet_platform.provenance import Provenance
@@ -295,6 +295,12 @@ class TrialStore:
     def latest_checkpoint(self) -> str | None:
         """Return the name of the newest complete checkpoint."""
         return self.checkpoints.newest()
+
+    def superfluous_checkpoints(self, retention: Retention) -> list[str]:
+        """Return the checkpoints that need not stay: a result keeps the one that it names."""
+        result = self.result()
+        kept = {result.checkpoint} if result else set()
+        return [name for name in self.checkpoints.superfluous(retention) if name not in kept]
 
     def latest_step(self) -> int:
         """Return the step of the newest checkpoint, 0 without one."""

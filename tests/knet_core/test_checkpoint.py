@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from knet_core import CheckpointError, DiskFullError, Point, build_model
+from knet_core import CheckpointError, DiskFullError, NewerFormatError, Point, build_model
 from knet_core.checkpoint import (
+    copy_checkpoint,
     load_model,
     load_trainer,
+    load_weights,
     require_same_recipe,
     save_checkpoint,
 )
@@ -29,7 +31,8 @@ STATE = CheckpointState(
     seconds=12.25,
     num_parameters=42,
 )
-FILES = ["model.safetensors", "trainer.pt", "state.json", "recipe.yaml"]
+CONTENT = ["model.safetensors", "trainer.pt", "state.json", "recipe.yaml"]
+FILES = [*CONTENT, "manifest.json"]
 
 
 def build(recipe):
@@ -55,7 +58,7 @@ def one_line(error):
     return message
 
 
-def test_a_checkpoint_holds_exactly_its_four_files(saved):
+def test_a_checkpoint_holds_exactly_its_files(saved):
     assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -175,9 +178,8 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, tiny_recipe):
 def test_weights_of_another_model_are_named_with_their_shapes(saved, tmp_path, tiny_recipe):
     other = tmp_path / "checkpoint_6"
     save(other, tiny_recipe(model={"channels": 64, "stages": 3}))
-    (other / "model.safetensors").rename(saved / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
-        load_model(saved)
+        load_weights(build(tiny_recipe()), other)
     message = one_line(error)
     assert "weights of another model: static.fpn." in message
     assert "expected (32, " in message
@@ -185,11 +187,42 @@ def test_weights_of_another_model_are_named_with_their_shapes(saved, tmp_path, t
     assert " more; use the checkpoint of a run with this recipe" in message
 
 
-def test_a_newer_format_is_refused(saved):
-    file = saved / "state.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="expected format 1"):
-        read_state(saved)
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_newer_format_says_so(saved, name):
+    file = saved / name
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
+    read = read_state if name == "state.json" else load_model
+    with pytest.raises(NewerFormatError, match=r"newer version, in format 3; .* update knet"):
+        read(saved)
+
+
+def as_first_format(directory):
+    (directory / "manifest.json").unlink()
+    file = directory / "state.json"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+
+
+def test_a_checkpoint_from_before_manifests_still_loads(saved, tiny_recipe):
+    as_first_format(saved)
+    load_model(saved)
+    copy_checkpoint(saved, saved.with_name("checkpoint_6"))
+    load_model(saved.with_name("checkpoint_6"))
+
+
+def test_a_checkpoint_without_its_manifest_was_never_finished(saved):
+    (saved / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json: no such file, .* never finished"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_one_wrong_bit_is_found(saved, name):
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        load_model(saved)
+    assert one_line(error).startswith(f"{saved / name}: cut short or damaged (its SHA-256")
 
 
 def test_a_recipe_with_an_unknown_key_is_of_another_version(saved):

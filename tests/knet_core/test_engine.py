@@ -171,6 +171,39 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(
     assert reproducible(resumed.metrics) == reproducible(whole.metrics)
 
 
+def test_a_save_between_two_points_changes_nothing(tiny_recipe, tmp_path):
+    """Bit for bit, and the point that it falls into is averaged over all its steps."""
+    recipe = tiny_recipe(iterations=6, eval_every=6, log_every=4)
+    whole, asked = Recorder(), iter([True])
+    expected = fit(recipe, callbacks=[whole], output_dir=tmp_path / "whole")
+    stopped = fit(
+        recipe,
+        output_dir=tmp_path / "stopped",
+        should_save=lambda: next(asked, False),
+        should_stop=lambda: True,
+    )
+    assert (stopped.finished, stopped.step) == (False, 1)
+    rest = Recorder()
+    result = fit(
+        recipe, callbacks=[rest], output_dir=tmp_path / "on", resume_from=stopped.checkpoint
+    )
+    assert [(p.step, reproducible(p.metrics)) for p in rest.points] == [
+        (p.step, reproducible(p.metrics)) for p in whole.points
+    ]
+    assert reproducible(result.metrics) == reproducible(expected.metrics)
+    weights, expected_weights = (
+        load_file(r.checkpoint / "model.safetensors") for r in (result, expected)
+    )
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def test_a_checkpoint_is_written_when_the_last_is_some_minutes_old(tiny_recipe, tmp_path):
+    recorder = Recorder()
+    recipe = tiny_recipe(iterations=3, eval_every=3, log_every=3, checkpoint_minutes=1e-9)
+    fit(recipe, callbacks=[recorder], output_dir=tmp_path)
+    assert [r.step for r in recorder.reports if r.checkpoint] == [1, 3]
+
+
 def test_the_seed_decides_the_run(tiny_recipe, tmp_path):
     recipe = tiny_recipe(iterations=2)
     runs = [

@@ -1,7 +1,10 @@
 """`knet train` through the command line: real training, a real MLflow store."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -100,3 +103,38 @@ def test_a_store_that_cannot_be_used_stops_it_before_training(
     assert main(["train", str(recipe)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (home / "runs").exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from knet_core.trainer import Trainer
+
+    do_step, out = Trainer.step, tmp_path / "mine"
+
+    def step(self: Trainer, number: int, batches: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return do_step(self, number, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        assert main(["train", str(recipe), "--output", str(out)]) == 75
+    assert f"terminated at step 1; {out / 'checkpoint_1'} is written" in capsys.readouterr().err
+    assert read_state(out / "checkpoint_1").step == 1
+    assert main(["train", str(recipe), "--output", str(out)]) == 0
+    assert read_state(out / "checkpoint_2").step == 2
+
+
+def test_a_damaged_checkpoint_is_passed_with_a_warning(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    assert main(["train", str(recipe), "--output", str(out)]) == 0
+    (out / "checkpoint_2" / "model.safetensors").write_bytes(b"")
+    assert main(["train", str(recipe), "--output", str(out)]) == 0
+    warning = f"{out}/checkpoint_2: model.safetensors has 0 of"
+    assert warning in capsys.readouterr().err
+    assert read_state(out / "checkpoint_2").step == 2
