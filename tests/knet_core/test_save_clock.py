@@ -1,5 +1,7 @@
 """When a run saves beyond its schedule."""
 
+import itertools
+
 from knet_core import save_clock
 from knet_core.save_clock import SaveClock
 
@@ -12,7 +14,7 @@ def test_looks_are_two_seconds_apart_whatever_a_step_takes(monkeypatch):
         now[0] += 0.1 if step <= 50 else 1.0
         assert not clock.is_due(step)
     assert [round(look, 1) for look in looks[:3]] == [0.1, 2.1, 4.1]
-    late = [round(b - a, 1) for a, b in zip(looks, looks[1:], strict=False)][-5:]
+    late = [round(b - a, 1) for a, b in itertools.pairwise(looks)][-5:]
     assert late == [2.0] * 5
 
 

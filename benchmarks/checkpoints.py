@@ -1,0 +1,126 @@
+"""What saving and uploading checkpoints costs a step of training.
+
+python benchmarks/checkpoints.py [--store s3://bucket/prefix] [--rounds 6]
+
+Trains one recipe on synthetic images. A checkpoint is written every `--every` steps; every other
+one is uploaded, so steps beside an upload and steps beside none alternate in one process. Printed
+are the medians of both and their ratio, how long training waits for a save, and the share of all
+of it in the time between two checkpoints of a recipe (`--minutes`).
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from knet_core import EvalConfig, Recipe, Report, ShapesConfig, fit
+from knet_platform.config import load_recipe
+from knet_platform.storage import Store
+
+
+class Clock:
+    """Times steps, and uploads every other checkpoint while training goes on."""
+
+    def __init__(self, store: str, uploads: ThreadPoolExecutor) -> None:
+        self._checkpoints = Store(store).trial("benchmark").checkpoints
+        self._uploads = uploads
+        self._upload: Future[None] | None = None
+        self._last: float | None = None
+        self._saves = 0
+        self.alone: list[float] = []
+        self.beside: list[float] = []
+        self.waits: list[float] = []
+        self.uploading: list[float] = []
+
+    def on_progress(self) -> None:
+        now = time.perf_counter()
+        busy = self._upload is not None and not self._upload.done()
+        if self._last is not None:
+            (self.beside if busy else self.alone).append(now - self._last)
+        self._last = now
+
+    def on_report(self, report: Report) -> None:
+        if report.checkpoint is None:
+            return
+        began = time.perf_counter()
+        self.waits.append(began - (self._last or began))
+        self._saves += 1
+        if self._saves % 2:
+            self._upload = self._uploads.submit(self._put, report.checkpoint)
+        self._last = None  # the step that follows began before the save
+
+    def _put(self, checkpoint: Path) -> None:
+        began = time.perf_counter()
+        self._checkpoints.put(checkpoint)
+        self.uploading.append(time.perf_counter() - began)
+
+
+def recipe(path: Path, steps: int, every: int, batch: int, size: int) -> Recipe:
+    base = load_recipe(path)
+    trunk = dataclasses.replace(base.model.backbone, pretrained=False)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, backbone=trunk),
+        data=dataclasses.replace(
+            base.data,
+            format="shapes",
+            shapes=ShapesConfig(num_train=64, num_val=1, size=size),
+            short_edge=(size, size),
+            num_workers=0,
+        ),
+        train=dataclasses.replace(
+            base.train,
+            iterations=steps,
+            batch_size=batch,
+            micro_batch=None,
+            log_every=every,
+            eval_every=steps,
+            checkpoint_every=every,
+            checkpoint_minutes=None,
+        ),
+        eval=EvalConfig(probe_images=0, fps_iterations=0),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("sweeps/recipes/knet_r50_instance_1x.yaml")
+    )
+    parser.add_argument("--store", help="folder or s3:// address (default: a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=6, help="checkpoints")
+    parser.add_argument("--every", type=int, default=8, help="steps between them")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=15, help="between checkpoints in earnest")
+    args = parser.parse_args()
+    run = recipe(args.recipe, args.rounds * args.every, args.every, args.batch, args.size)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(1) as uploads,
+    ):
+        clock = Clock(args.store or f"{folder}/store", uploads)
+        result = fit(
+            run,
+            callbacks=[clock],
+            output_dir=Path(folder, "scratch"),
+            on_progress=clock.on_progress,
+        )
+        size = sum(file.stat().st_size for file in result.checkpoint.iterdir())
+    alone, beside = statistics.median(clock.alone), statistics.median(clock.beside)
+    wait, upload = statistics.median(clock.waits), statistics.median(clock.uploading)
+    cost = wait + max(0.0, beside / alone - 1) * upload
+    print(f"checkpoint of {size / 1e6:.0f} MB; training waits {wait:.2f} s for its save")
+    print(f"upload in {upload:.2f} s beside it")
+    print(
+        f"step alone {1000 * alone:.0f} ms, beside an upload {1000 * beside:.0f} ms: "
+        f"ratio {beside / alone:.3f} over {len(clock.alone)} and {len(clock.beside)} steps"
+    )
+    print(f"share of {args.minutes:g} minutes: {100 * cost / (60 * args.minutes):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
