@@ -36,6 +36,7 @@ class Clock:
         self.uploading: list[float] = []
 
     def on_progress(self) -> None:
+        """Note that a step ended."""
         now = time.perf_counter()
         busy = self._upload is not None and not self._upload.done()
         if self._last is not None:
@@ -43,6 +44,7 @@ class Clock:
         self._last = now
 
     def on_report(self, report: Report) -> None:
+        """Note how long the save took, and upload every other one."""
         if report.checkpoint is None:
             return
         began = time.perf_counter()

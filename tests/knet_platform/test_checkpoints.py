@@ -229,8 +229,9 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 def before_s3(monkeypatch, meddle):
     host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
     proxy = Proxy((host, int(port)), meddle)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    yield
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield
     proxy.close()
 
 
