@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         build_dataset,
         data_fingerprint,
         data_home,
+        image_batch,
         load_image,
         make_shapes,
     )
@@ -120,6 +121,7 @@ _LAZY = {
     "draw_kernel_maps": "knet_core.kernel_maps",
     "evaluate": "knet_core.evaluation",
     "fit": "knet_core.engine",
+    "image_batch": "knet_core.data",
     "import_official": "knet_core.official",
     "keep_freed_memory": "knet_core.inference",
     "load_image": "knet_core.data",
@@ -206,6 +208,7 @@ __all__ = [
     "draw_kernel_maps",
     "evaluate",
     "fit",
+    "image_batch",
     "import_official",
     "keep_freed_memory",
     "load_image",

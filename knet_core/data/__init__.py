@@ -12,7 +12,7 @@ from knet_core.data.paths import DATA_HOMES, data_fingerprint, data_home, resolv
 if TYPE_CHECKING:
     from knet_core.data.dataset import Sample, SegmentationDataset, build_dataset, collate
     from knet_core.data.export import make_shapes
-    from knet_core.data.files import load_image
+    from knet_core.data.files import image_batch, load_image
     from knet_core.data.loading import TrainStream, eval_loader, train_loader
     from knet_core.data.source import Category
 
@@ -24,6 +24,7 @@ _HOME = {
     "build_dataset": "dataset",
     "collate": "dataset",
     "eval_loader": "loading",
+    "image_batch": "files",
     "load_image": "files",
     "make_shapes": "export",
     "train_loader": "loading",
@@ -40,6 +41,7 @@ __all__ = [
     "data_fingerprint",
     "data_home",
     "eval_loader",
+    "image_batch",
     "load_image",
     "make_shapes",
     "resolve_root",

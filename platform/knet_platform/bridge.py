@@ -18,7 +18,7 @@ from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.screening import Screen
 from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
-from knet_platform.tracking import Tracker, TrialRun
+from knet_platform.tracking import Tracker, TrialModel, TrialRun
 
 
 class Bridge(ray.tune.Callback):
@@ -223,6 +223,15 @@ class Bridge(ray.tune.Callback):
         for name, content in files.items():
             self._tracker.log_file(trial.hash, name, content)
 
+    def _log_model(self, trial: Trial) -> None:
+        try:
+            model = TrialModel.of(trial, self._store.trial(trial.hash))
+        except StorageError as error:
+            self._progress.note(f"{trial.name}  model not tracked: {error}")
+            return
+        if model is not None:
+            self._tracker.log_model(trial.hash, model)
+
     def _stop(self, trial: Trial, reason: str) -> None:
         if trial.hash in self._running:
             self._leave(trial)
@@ -249,6 +258,7 @@ class Bridge(ray.tune.Callback):
                 self._tracker.finish_trial(trial.hash, "KILLED" if stopped else "FAILED", failure)
             self._progress.end(trial, failure if stopped else f"failed: {failure}")
             return
+        self._log_model(trial)
         self._tracker.finish_trial(trial.hash, "FINISHED")
         name = self._sweep.metric.name
         value = self._values[trial.hash].get(name)

@@ -34,7 +34,7 @@ from knet_platform.report import Report, build_report, write_report
 from knet_platform.screening import Screen, screened_out, screens
 from knet_platform.source import read_source
 from knet_platform.storage import Evaluation, Pruned, Store
-from knet_platform.tracking import SweepRun, Tracker, TrialRun
+from knet_platform.tracking import SweepRun, Tracker, TrialModel, TrialRun
 from knet_platform.tracking.protocol import Status
 
 DRIVER_RESTARTS = 2
@@ -327,6 +327,8 @@ def _bring(trial: Trial, store: Store, tracker: Tracker) -> None:
     tracker.log_points(trial.hash, [*folder.points(), *result.evaluations, last])
     for name, content in folder.provenance_files().items():
         tracker.log_file(trial.hash, name, content)
+    if model := TrialModel.of(trial, folder):
+        tracker.log_model(trial.hash, model)
     tracker.finish_trial(trial.hash, "FINISHED")
 
 

@@ -12,6 +12,7 @@ from knet_platform.tracking.protocol import (
     Status,
     SweepRun,
     Tracker,
+    TrialModel,
     TrialRun,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "Status",
     "SweepRun",
     "Tracker",
+    "TrialModel",
     "TrialRun",
     "journals",
     "open_store",

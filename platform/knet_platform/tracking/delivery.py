@@ -6,7 +6,13 @@ from pathlib import Path
 
 from knet_platform.storage import Evaluation
 from knet_platform.tracking.journal import Journal, Record
-from knet_platform.tracking.protocol import RejectedError, SweepRun, Tracker, TrialRun
+from knet_platform.tracking.protocol import (
+    RejectedError,
+    SweepRun,
+    Tracker,
+    TrialModel,
+    TrialRun,
+)
 
 BATCH_RECORDS = 1000
 BATCH_BYTES = 8 * 2**20
@@ -93,6 +99,8 @@ def _call(tracker: Tracker, records: Sequence[Record]) -> None:
             tracker.log_picture(record.trial, arguments["step"], record.content)
         case "log_file":
             tracker.log_file(record.trial, arguments["name"], record.content)
+        case "log_model":
+            tracker.log_model(record.trial, TrialModel(**arguments["model"]))
         case "finish_trial":
             status, reason = arguments["status"], arguments["reason"]
             tracker.finish_trial(record.trial, status, reason, at=arguments["at"])

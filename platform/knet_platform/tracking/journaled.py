@@ -10,7 +10,14 @@ from typing import Any
 from knet_platform.errors import TrackingError
 from knet_platform.tracking.delivery import Delivery, pause
 from knet_platform.tracking.journal import MAX_BYTES, Journal, JournalFullError
-from knet_platform.tracking.protocol import PointLike, Status, SweepRun, Tracker, TrialRun
+from knet_platform.tracking.protocol import (
+    PointLike,
+    Status,
+    SweepRun,
+    Tracker,
+    TrialModel,
+    TrialRun,
+)
 
 CLOSE_SECONDS = 20.0
 """Longest wait for the last updates of a sweep."""
@@ -101,6 +108,10 @@ class JournaledTracker:
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Attach a file to a trial's run."""
         self._append("log_file", trial_hash, content=content, name=name)
+
+    def log_model(self, trial_hash: str, model: TrialModel) -> None:
+        """Add a finished trial's model to its run."""
+        self._append("log_model", trial_hash, model=asdict(model))
 
     def finish_trial(
         self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knet_platform.tracking.protocol import PointLike, Status, SweepRun, TrialRun
+from knet_platform.tracking.protocol import (
+    PointLike,
+    Status,
+    SweepRun,
+    TrialModel,
+    TrialRun,
+)
 
 
 @dataclass(kw_only=True)
@@ -19,6 +25,7 @@ class Run:
     """Metric name to values by step."""
     pictures: dict[int, bytes] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    model: TrialModel | None = None
 
 
 class MemoryTracker:
@@ -62,6 +69,10 @@ class MemoryTracker:
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Keep a file."""
         self.runs[trial_hash].files[name] = content
+
+    def log_model(self, trial_hash: str, model: TrialModel) -> None:
+        """Keep a model."""
+        self.runs[trial_hash].model = model
 
     def finish_trial(
         self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None

@@ -27,9 +27,19 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from sqlalchemy.exc import SQLAlchemyError
 
 from knet_platform.errors import TrackingError
+from knet_platform.planning import Trial
 from knet_platform.previews import preview
+from knet_platform.storage import TrialStore
 from knet_platform.tracking.journal import without_password
-from knet_platform.tracking.protocol import PointLike, RejectedError, Status, SweepRun, TrialRun
+from knet_platform.tracking.models import Registered, log_model, register
+from knet_platform.tracking.protocol import (
+    PointLike,
+    RejectedError,
+    Status,
+    SweepRun,
+    TrialModel,
+    TrialRun,
+)
 
 LOCAL_PAGES = "http://127.0.0.1:5000"
 """Where `knet ui` serves a local store."""
@@ -61,16 +71,8 @@ class MLflowTracker:
 
     def start_sweep(self, sweep: SweepRun) -> None:
         """Find or create the experiment and the sweep's run."""
-        # MLflow's own patience is 4 minutes a call; `JournaledTracker` tries again anyway.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT)
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # a new file's 60 migrations
-        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
         with self._explained():
-            if self._uri.startswith("sqlite:///"):
-                path = Path(self._uri.removeprefix("sqlite:///"))
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._client = MlflowClient(self._uri)
+            self._connect()
             self._sweep = sweep
             self._experiment = self._find_experiment(sweep.name)
             found = self._find(f"attributes.run_name = '{sweep.name}'")
@@ -151,6 +153,12 @@ class MLflowTracker:
             path.write_bytes(content)
             self._client.log_artifact(run_id, str(path))
 
+    def log_model(self, trial_hash: str, model: TrialModel) -> None:
+        """Add a finished trial's model to its run: a logged model of MLflow."""
+        run_id = self._run_of(trial_hash)
+        with self._explained():
+            log_model(self._client, self._client.get_run(run_id), model)
+
     def finish_trial(
         self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None
     ) -> None:
@@ -169,6 +177,36 @@ class MLflowTracker:
                 self._client.log_artifact(self._parent, str(path), "report")
             self._client.set_terminated(self._parent, status, _milliseconds(at))
 
+    def register(self, trial: Trial, folder: TrialStore, name: str) -> Registered:
+        """Make a finished trial's model a version of the registered model `name`.
+
+        Needs no `start_sweep`; the same again changes nothing.
+
+        Args:
+            trial: With a run in this store.
+            folder: Its part of the sweeps' store.
+            name: Of the registered model.
+
+        Raises:
+            TrackingError: The store does not answer, or has no run of the trial.
+            StorageError: The checkpoint cannot be read.
+        """
+        model = TrialModel.of(trial, folder)
+        with self._explained():
+            self._connect()
+            experiment = self._client.get_experiment_by_name(trial.sweep)
+            run = None
+            if experiment is not None:
+                self._experiment = str(experiment.experiment_id)
+                run = self._find_trial(trial.hash)
+            if run is None or model is None:
+                raise TrackingError(
+                    f"{trial.name}: has no {'run' if run is None else 'provenance'} in "
+                    f"{without_password(self._uri) if run is None else folder.uri}; expected a "
+                    f"tracked trial: `knet sync` sends what waits, `knet run` what is missing"
+                )
+            return register(self._client, run, model, name, folder)
+
     def compare_url(self) -> str | None:
         """Return MLflow's page that compares the trials, in the sweep's order; others last."""
         # A search adds trials under way.
@@ -179,6 +217,17 @@ class MLflowTracker:
         base = self._uri.rstrip("/") if self._uri.startswith("http") else LOCAL_PAGES
         query = urllib.parse.urlencode({"runs": runs, "experiments": experiments})
         return f"{base}/#/compare-runs?{query}"
+
+    def _connect(self) -> None:
+        # MLflow's own patience is 4 minutes a call; `JournaledTracker` tries again anyway.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # a new file's 60 migrations
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
+        if self._uri.startswith("sqlite:///"):
+            path = Path(self._uri.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(self._uri)
 
     def _tags(self, trial: TrialRun) -> dict[str, str]:
         return {

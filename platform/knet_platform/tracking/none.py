@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from knet_platform.tracking.protocol import PointLike, Status, SweepRun, TrialRun
+from knet_platform.tracking.protocol import (
+    PointLike,
+    Status,
+    SweepRun,
+    TrialModel,
+    TrialRun,
+)
 
 
 class NoTracker:
@@ -26,6 +32,9 @@ class NoTracker:
         """Do nothing."""
 
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
+        """Do nothing."""
+
+    def log_model(self, trial_hash: str, model: TrialModel) -> None:
         """Do nothing."""
 
     def finish_trial(

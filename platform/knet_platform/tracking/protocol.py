@@ -9,8 +9,11 @@ from knet_platform.config import flatten
 from knet_platform.errors import TrackingError
 from knet_platform.planning import Sweep, Trial
 from knet_platform.source import git_sha
+from knet_platform.storage import TrialStore
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+_NOT_IN_NAMES = "/:.%\"'"
 
 
 class RejectedError(TrackingError):
@@ -69,6 +72,49 @@ class TrialRun:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialModel:
+    """What a tracker records of the model that a finished trial leaves; plain values likewise."""
+
+    name: str
+    """`arm-seed`, without what MLflow allows in no name."""
+    checkpoint: str
+    """Its address: the one that the trial's final metrics were measured on."""
+    step: int
+    data: str
+    """Name of the data set."""
+    data_root: str
+    data_digest: str
+    """Of all that can change a score (`data_fingerprint`)."""
+
+    @classmethod
+    def of(cls, trial: Trial, folder: TrialStore) -> "TrialModel | None":
+        """Describe a finished trial's model; None where versions before this recorded too little.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        result, provenance = folder.result(), folder.provenance()
+        if result is None or provenance is None:
+            return None
+        return cls.at(
+            trial, f"{folder.uri}/{result.checkpoint}", result.step, provenance.data_fingerprint
+        )
+
+    @classmethod
+    def at(cls, trial: Trial, checkpoint: str, step: int, data_digest: str) -> "TrialModel":
+        """Describe the model of a checkpoint."""
+        data = trial.recipe.data
+        return cls(
+            name="".join("_" if c in _NOT_IN_NAMES else c for c in f"{trial.arm}-{trial.seed}"),
+            checkpoint=checkpoint,
+            step=step,
+            data=Path(data.root).name if data.format != "shapes" else "shapes",
+            data_root=data.root,
+            data_digest=data_digest,
+        )
+
+
 class PointLike(Protocol):
     """One point of a trial's curves."""
 
@@ -113,6 +159,9 @@ class Tracker(Protocol):
 
     def log_file(self, trial_hash: str, name: str, content: bytes) -> None:
         """Attach a file to a trial's run, in place of an earlier one of that name."""
+
+    def log_model(self, trial_hash: str, model: TrialModel) -> None:
+        """Add a finished trial's model to its run, with the metrics of that step."""
 
     def finish_trial(
         self, trial_hash: str, status: Status, reason: str = "", *, at: float | None = None

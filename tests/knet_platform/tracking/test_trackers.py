@@ -10,7 +10,14 @@ from PIL import Image
 
 from knet_platform.errors import TrackingError
 from knet_platform.storage import Evaluation
-from knet_platform.tracking import MemoryTracker, NoTracker, RejectedError, Status, Tracker
+from knet_platform.tracking import (
+    MemoryTracker,
+    NoTracker,
+    RejectedError,
+    Status,
+    Tracker,
+    TrialModel,
+)
 from knet_platform.tracking.mlflow import MLflowTracker
 
 
@@ -50,6 +57,10 @@ class TrackerContract:
     def pictures(self, tracker: Tracker, trial_hash: str) -> int:
         raise NotImplementedError
 
+    def models(self, tracker: Tracker, trial_hash: str) -> list[str]:
+        """Checkpoints of a trial's models."""
+        raise NotImplementedError
+
     def kept(self, status: Status) -> Status | None:
         return status if self.keeps else None
 
@@ -75,6 +86,23 @@ class TrackerContract:
         tracker.log_file(trial.hash, "patch.diff", b"caf\xe9")
         if self.keeps:
             assert self.file(tracker, trial.hash, "patch.diff") == b"caf\xe9"
+
+    def test_a_model_logged_again_is_one_model(self, tracker, sweep) -> None:
+        trial = sweep.trial
+        tracker.start_sweep(sweep.run)
+        tracker.start_trial(trial, 1)
+        tracker.log_points(trial.hash, points(1, 2))
+        model = TrialModel(
+            name="1-0",
+            checkpoint="s3://bucket/trials/0/checkpoint_2",
+            step=2,
+            data="coco",
+            data_root="/data/coco",
+            data_digest="0" * 64,
+        )
+        tracker.log_model(trial.hash, model)
+        tracker.log_model(trial.hash, model)
+        assert self.models(tracker, trial.hash) == ([model.checkpoint] if self.keeps else [])
 
     def test_a_picture_sent_again_is_one_picture(self, tracker, sweep) -> None:
         trial = sweep.trial
@@ -138,6 +166,9 @@ class TestNoTracker(TrackerContract):
     def pictures(self, tracker: Tracker, trial_hash: str) -> int:
         return 0
 
+    def models(self, tracker: Tracker, trial_hash: str) -> list[str]:
+        return []
+
 
 class TestMemoryTracker(TrackerContract):
     @pytest.fixture
@@ -158,6 +189,11 @@ class TestMemoryTracker(TrackerContract):
     def pictures(self, tracker: Tracker, trial_hash: str) -> int:
         assert isinstance(tracker, MemoryTracker)
         return len(tracker.runs[trial_hash].pictures)
+
+    def models(self, tracker: Tracker, trial_hash: str) -> list[str]:
+        assert isinstance(tracker, MemoryTracker)
+        model = tracker.runs[trial_hash].model
+        return [model.checkpoint] if model else []
 
 
 class MLflowContract(TrackerContract):
@@ -187,6 +223,11 @@ class MLflowContract(TrackerContract):
         small = [name for name in names if name.endswith("+compressed.webp")]
         assert len(names) == 2 * len(small)
         return len(small)
+
+    def models(self, tracker: Tracker, trial_hash: str) -> list[str]:
+        client, run = self.client(tracker, trial_hash)
+        outputs = client.get_run(run).outputs.model_outputs
+        return [client.get_logged_model(o.model_id).tags["checkpoint"] for o in outputs]
 
     def test_runs_carry_the_tags_and_params_that_people_filter_by(
         self, tracker, sweep, tmp_path
