@@ -28,12 +28,12 @@ _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests with a Ray cluster to one process of pytest-xdist: they share the cluster.
 
-    Likewise those with MLflow's server alone.
+    Likewise those with a server of MLflow alone.
     """
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
-        elif "server" in getattr(item, "fixturenames", ()):
+        elif {"server", "team_server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("server"))
 
 

@@ -4,6 +4,7 @@ With `--register`, the winner of the table as well, as a version of a model in M
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,8 @@ def _register(name: str, trial: Trial, store: "Store") -> "Registered":
             "--register: MLFLOW_TRACKING_URI is 'none', so there is no registry; expected an "
             "address, or unset"
         )
+    # A registry without a server finds the models that it is told of by MLflow's own setting.
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     from knet_platform.tracking.mlflow import MLflowTracker
 
     return MLflowTracker(uri, artifacts=knet_home() / "mlartifacts").register(

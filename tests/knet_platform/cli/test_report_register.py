@@ -39,8 +39,11 @@ WINNER = "narrow/1"
 
 
 @pytest.fixture
-def path(recipe: Path, finished: Callable[..., TrialResult]) -> Path:
+def path(
+    recipe: Path, finished: Callable[..., TrialResult], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A sweep of which three trials are finished; only the winner has its checkpoint."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as if unset, and restored afterwards
     path = recipe.with_name("width.yaml")
     path.write_text(SWEEP)
     scores = {"narrow/0": 0.2, WINNER: 0.5, "model.channels=64/0": 0.3}
@@ -115,7 +118,7 @@ def test_the_registered_winner_predicts_what_its_checkpoint_does(
 ) -> None:
     assert main(["report", str(path), "--register", "balloons"]) == 0
     assert "narrow/1 registered: models:/balloons/1" in capsys.readouterr().out
-    (checkpoint,) = Path(storage_uri(), "trials", winner(sweep).hash).glob("checkpoint_*")
+    checkpoint = Path(storage_uri(), "trials", winner(sweep).hash, "checkpoint_2")
     expected_of = load_model(checkpoint)
     recipe = load_recipe(checkpoint)
     shutil.rmtree(storage_uri())  # the registered model needs nothing of the sweep's store

@@ -1,17 +1,30 @@
-"""A small sweep for trackers to follow, and a proxy that misbehaves as it is told."""
+"""A small sweep for trackers to follow, a proxy that misbehaves as told, and a team's server."""
 
 import http.client
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
+from knet_platform.cli.ui import free_port
 from knet_platform.planning import load_sweep
 from knet_platform.tracking import SweepRun, TrialRun
+
+TRACKING = Path(__file__).parents[3] / "cluster" / "tracking"
 
 SWEEP = """\
 # Rounds of kernel update
@@ -125,3 +138,182 @@ def proxy(server) -> Iterator[Proxy]:
     proxy = Proxy(server.uri)
     yield proxy
     proxy.close()
+
+
+class Database:
+    """A PostgreSQL of its own, on a Unix socket only, with a password.
+
+    Args:
+        folder: Short (a socket's path has 107 characters), and open to the account that runs it:
+            PostgreSQL refuses to be root's.
+        password: Of its user `mlflow`.
+    """
+
+    def __init__(self, folder: Path, password: str) -> None:
+        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        assert versions, "no PostgreSQL; expected Debian's: apt-get install postgresql"
+        self._programs = versions[-1]
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(folder, self._user)
+        self.environment = {
+            "PATH": f"{self._programs}{os.pathsep}{os.environ['PATH']}",
+            "PGHOST": str(folder),
+            "PGUSER": "mlflow",
+            "PGPASSWORD": password,
+        }
+        (folder / "password").write_text(password)
+        (folder / "password").chmod(0o644)
+        self._run(
+            *("initdb", "--pgdata", folder / "data", "--username", "mlflow"),
+            *("--auth", "scram-sha-256", "--pwfile", folder / "password", "--no-sync"),
+        )
+        with (folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(self._programs / "postgres", "-D", folder / "data", "-F"),
+                    *("-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}"),
+                ],
+                user=self._user,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + 60
+        while self._run("pg_isready", "--quiet", check=False):
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)  # nothing tells when a server of its own process listens
+        self._run("createdb", "mlflow")
+
+    def clear(self) -> None:
+        """Lose everything."""
+        self._run("dropdb", "--force", "mlflow")
+        self._run("createdb", "mlflow")
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)  # at once, whoever is connected
+        self._process.wait(30)
+
+    def _run(self, program: str, *arguments: object, check: bool = True) -> int:
+        return subprocess.run(
+            [self._programs / program, *map(str, arguments)],
+            user=self._user,
+            cwd="/",
+            env={**os.environ, **self.environment},
+            check=check,
+            stdout=subprocess.DEVNULL,
+        ).returncode
+
+
+class TeamServer:
+    """What `cluster/tracking` deploys, from its own files: accounts, PostgreSQL and a bucket."""
+
+    def __init__(self, folder: Path, artifacts: str, s3: dict[str, str]) -> None:
+        self.artifacts = artifacts
+        self._log = folder / "server.log"
+        self._port = free_port(0)
+        self.uri = f"http://127.0.0.1:{self._port}"
+        subprocess.run([TRACKING / "init.sh", "127.0.0.1:*", artifacts, folder], check=True)
+        self.secrets = folder / "secrets"
+        self.password = (self.secrets / "admin_password").read_text()
+        socket_folder = Path(tempfile.mkdtemp(prefix="knet-pg-"))
+        self._socket_folder = socket_folder
+        self.database = Database(socket_folder, (self.secrets / "database_password").read_text())
+        settings = dict(
+            line.split("=", 1)
+            for line in (folder / ".env").read_text().splitlines()
+            if line and not line.startswith("#")
+        )
+        self.environment = {
+            **os.environ,
+            **self.database.environment,
+            **settings,
+            **s3,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}"
+            f"{self.database.environment['PATH']}",
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        places = {
+            "KNET_SECRETS": str(self.secrets),
+            "KNET_BIND": "127.0.0.1",
+            "KNET_PORT": str(self._port),
+            "KNET_WORKERS": "1",
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [TRACKING / "serve.sh"],
+                env={**self.environment, **places},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except OSError:
+                assert self._process.poll() is None, self._log.read_text()[-2000:]
+                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
+                time.sleep(0.05)  # likewise
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
+            self._process = None
+
+    def close(self) -> None:
+        self.kill()
+        self.database.stop()
+        shutil.rmtree(self._socket_folder)
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[tuple[str, dict[str, str]]]:
+    """An S3 address and the environment that leads there.
+
+    moto's server; any other with `KNET_TEST_S3=s3://bucket/prefix` and boto3's own variables.
+    """
+    if given := os.environ.get("KNET_TEST_S3"):
+        yield given, {}
+        return
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="knet-team")
+    yield "s3://knet-team/mlflow", environment
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def team_server(
+    tmp_path_factory: pytest.TempPathFactory, bucket: tuple[str, dict[str, str]]
+) -> Iterator[TeamServer]:
+    server = TeamServer(tmp_path_factory.mktemp("team"), *bucket)
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def account(team_server: TeamServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLflow's clients read."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", team_server.password)

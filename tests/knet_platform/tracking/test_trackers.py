@@ -325,6 +325,15 @@ class TestMLflowServer(MLflowContract):
         return MLflowTracker(server.uri, artifacts=tmp_path)
 
 
+@pytest.mark.slow
+class TestTeamServer(MLflowContract):
+    """`cluster/tracking`: PostgreSQL, S3, accounts."""
+
+    @pytest.fixture
+    def tracker(self, team_server, account, tmp_path: Path) -> Tracker:
+        return MLflowTracker(team_server.uri, artifacts=tmp_path)
+
+
 def test_an_unreachable_server_is_one_line(sweep, tmp_path: Path) -> None:
     tracker = MLflowTracker("http://user:secret@127.0.0.1:9", artifacts=tmp_path)
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9: ") as info:

@@ -1,0 +1,93 @@
+"""MLflow's own page, in a real Chromium: what somebody sees who compares the arms of a sweep."""
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support import expected_conditions as expected
+from selenium.webdriver.support.ui import WebDriverWait
+
+from knet_platform.planning import load_sweep
+from knet_platform.storage import Evaluation
+from knet_platform.tracking import SweepRun, TrialRun
+from knet_platform.tracking.mlflow import MLflowTracker
+
+pytestmark = pytest.mark.slow
+
+SWEEP = """\
+# Rounds of kernel update
+name: rounds
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+seeds: [0]
+baseline: "3"
+arms:
+  "1": {model.stages: 1}
+  "3": {}
+"""
+APS = {"1": 0.218, "3": 0.341}
+SECONDS = 60
+"""Longest wait for something to appear: the page is large and the machine may be busy."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    driver = shutil.which("chromedriver")
+    assert driver, "no chromedriver; expected Debian's: apt-get install chromium chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in (
+        *("--headless=new", "--window-size=1600,1200", "--disable-dev-shm-usage"),
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the page is local, wholly
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+    ):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="module")
+def tracker(server, tmp_path_factory: pytest.TempPathFactory) -> MLflowTracker:
+    """A sweep of two arms in MLflow, as a run would have left it."""
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "recipe.yaml").write_text("data: {format: shapes}\n")
+    (folder / "rounds.yaml").write_text(SWEEP)
+    sweep = load_sweep(folder / "rounds.yaml")
+    tracker = MLflowTracker(server.uri, artifacts=folder)
+    tracker.start_sweep(SweepRun.of(sweep))
+    for trial in sweep.trials:
+        tracker.start_trial(TrialRun.of(trial), 1)
+        points = [
+            Evaluation(
+                step=step,
+                time=1e9 + step,
+                metrics={"train/loss": 5 / step, "val/AP": APS[trial.arm] * step / 300},
+            )
+            for step in range(20, 301, 20)
+        ]
+        tracker.log_points(trial.hash, points)
+        for step in (100, 300):
+            tracker.log_picture(trial.hash, step, picture(step))
+        tracker.finish_trial(trial.hash, "FINISHED")
+    tracker.finish_sweep("FINISHED")
+    return tracker
+
+
+def picture(step: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 64), (step % 256, 80, 120)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def appears(browser: webdriver.Chrome, xpath: str) -> WebElement:
+    found: WebElement = WebDriverWait(browser, SECONDS).until(
+        expected.visibility_of_element_located((By.XPATH, xpath)), f"not on the page: {xpath}"
+    )
+    return found
