@@ -91,3 +91,18 @@ def appears(browser: webdriver.Chrome, xpath: str) -> WebElement:
         expected.visibility_of_element_located((By.XPATH, xpath)), f"not on the page: {xpath}"
     )
     return found
+
+
+def test_the_compare_page_shows_the_metric_and_the_parameter_that_differs(
+    browser: webdriver.Chrome, tracker: MLflowTracker
+) -> None:
+    url = tracker.compare_url()
+    assert url is not None
+    browser.get(url)
+    for name in ("1/0", "3/0"):
+        appears(browser, f"//a[contains(., '{name}')]")
+    row = appears(browser, "//tr[.//*[text()='model.stages'] or ./th[text()='model.stages']]")
+    assert row.text.split()[-2:] == ["1", "3"]
+    row = appears(browser, "//tr[.//*[text()='val/AP']]")
+    assert "0.218" in row.text
+    assert "0.341" in row.text
