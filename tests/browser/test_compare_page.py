@@ -99,10 +99,20 @@ def test_the_compare_page_shows_the_metric_and_the_parameter_that_differs(
     url = tracker.compare_url()
     assert url is not None
     browser.get(url)
-    for name in ("1/0", "3/0"):
-        appears(browser, f"//a[contains(., '{name}')]")
-    row = appears(browser, "//tr[.//*[text()='model.stages'] or ./th[text()='model.stages']]")
-    assert row.text.split()[-2:] == ["1", "3"]
-    row = appears(browser, "//tr[.//*[text()='val/AP']]")
-    assert "0.218" in row.text
-    assert "0.341" in row.text
+    assert cells(browser, "Run Name:") == ["1/0", "3/0"]
+    assert cells(browser, "model.stages") == ["1", "3"]
+    # The metrics' rows have no elements of their own in common with their values.
+    table = "//a[normalize-space()='val/AP']/ancestor::div[contains(., '0.341')][1]"
+    assert appears(browser, table).text.split()[-3:] == ["val/AP", "0.218", "0.341"]
+    # What differs is chosen for the plot, and what does not can be hidden.
+    appears(browser, "//*[contains(@class, 'selection-item') and text()='model.stages']")
+    appears(browser, "//*[text()='Show diff only']/preceding::button[1]").click()
+    gone = (By.XPATH, "//tr[.//*[text()='model.backbone.frozen_stages']]")
+    WebDriverWait(browser, SECONDS).until(expected.invisibility_of_element_located(gone))
+    assert cells(browser, "model.stages") == ["1", "3"]
+
+
+def cells(browser: webdriver.Chrome, heading: str) -> list[str]:
+    """Return a table row's texts, one for each run, once they are there."""
+    row = appears(browser, f"//tr[*[1][normalize-space()='{heading}']]")
+    return [cell.text for cell in row.find_elements(By.XPATH, "./*")[1:]]
