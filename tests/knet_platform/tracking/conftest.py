@@ -307,9 +307,11 @@ def team_server(
     tmp_path_factory: pytest.TempPathFactory, bucket: tuple[str, dict[str, str]]
 ) -> Iterator[TeamServer]:
     server = TeamServer(tmp_path_factory.mktemp("team"), *bucket)
-    server.start()
-    yield server
-    server.close()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture
