@@ -25,6 +25,7 @@ from knet_core.checkpoint_manifest import (
     CONTENT_FILES,
     MANIFEST_FILE,
     MODEL_FILE,
+    MODEL_FILES,
     TRAINER_FILE,
     dump_manifest,
     verify_checkpoint,
@@ -121,7 +122,7 @@ def load_model(
     Raises:
         CheckpointError: A file is missing, damaged, of a newer version or of another model.
     """
-    verify_checkpoint(directory)
+    verify_checkpoint(directory, MODEL_FILES)
     state = read_state(directory)
     recipe = load_recipe(directory)
     if evaluation is not None:

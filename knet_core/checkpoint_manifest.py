@@ -5,7 +5,7 @@ Needs no torch.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from knet_core.errors import CheckpointError
 MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.pt"
 MANIFEST_FILE = "manifest.json"
-CONTENT_FILES = (MODEL_FILE, TRAINER_FILE, STATE_FILE, RECIPE_FILE)
-"""What a manifest lists."""
+MODEL_FILES = (MODEL_FILE, STATE_FILE, RECIPE_FILE)
+"""What predicting needs."""
+CONTENT_FILES = (*MODEL_FILES, TRAINER_FILE)
+"""What a manifest lists: training goes on from all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +62,14 @@ def parse_manifest(text: str | bytes, source: str) -> dict[str, FileRecord]:
         raise unreadable(source, error) from error
 
 
-def verify_checkpoint(directory: Path) -> None:
-    """Compare a checkpoint with its manifest, byte for byte.
+def verify_checkpoint(directory: Path, names: Collection[str] = CONTENT_FILES) -> None:
+    """Compare files of a checkpoint with its manifest, byte for byte.
 
     Format 1 had no manifest; such a checkpoint is only asked for its files.
+
+    Args:
+        directory: The checkpoint.
+        names: The files that are about to be used.
 
     Raises:
         NewerFormatError: A newer version wrote it.
@@ -72,7 +78,7 @@ def verify_checkpoint(directory: Path) -> None:
     """
     manifest = directory / MANIFEST_FILE
     if not manifest.exists():
-        for name in CONTENT_FILES:
+        for name in names:
             read_file(directory, name)
         if checkpoint_format(directory) > 1:
             raise CheckpointError(
@@ -81,7 +87,8 @@ def verify_checkpoint(directory: Path) -> None:
             )
         return
     for name, record in parse_manifest(manifest.read_bytes(), str(manifest)).items():
-        _verify(directory / name, record)
+        if name in names:
+            _verify(directory / name, record)
 
 
 def _verify(file: Path, record: FileRecord) -> None:

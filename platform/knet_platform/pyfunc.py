@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint"
 """Of a model's artifacts: the checkpoint, where it was registered."""
-FILES = ("model.safetensors", "state.json", "recipe.yaml")
-"""What predicting needs of a checkpoint."""
+FILES = ("model.safetensors", "state.json", "recipe.yaml", "manifest.json")
+"""What predicting needs of a checkpoint, and the digests to verify it by."""
 
 
 class Predictor:

@@ -18,6 +18,7 @@ from knet_core.checkpoint import (
     require_same_recipe,
     save_checkpoint,
 )
+from knet_core.checkpoint_manifest import verify_checkpoint
 from knet_core.checkpoint_state import CheckpointState, load_recipe, read_state
 from knet_core.data.source import Category
 from knet_core.randomness import random_state, restore_random_state
@@ -221,8 +222,17 @@ def test_one_wrong_bit_is_found(saved, name):
     content[len(content) // 2] ^= 1
     (saved / name).write_bytes(content)
     with pytest.raises(CheckpointError) as error:
-        load_model(saved)
+        verify_checkpoint(saved)
     assert one_line(error).startswith(f"{saved / name}: cut short or damaged (its SHA-256")
+
+
+def test_a_model_wants_only_the_files_that_it_is_made_of(saved):
+    """So a model can be handed on without the optimizer's state."""
+    (saved / "trainer.pt").unlink()
+    load_model(saved)
+    (saved / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 of"):
+        load_model(saved)
 
 
 def test_a_recipe_with_an_unknown_key_is_of_another_version(saved):

@@ -229,7 +229,9 @@ def refusal(file, out, recipe=None, **options):
 def test_an_import_is_a_checkpoint_that_predicts(write, recipe, tmp_path):
     imported = import_official(write(), tmp_path / "out", recipe)
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"model.safetensors", "trainer.pt", "state.json", "recipe.yaml"}
+    assert files == {
+        *("model.safetensors", "trainer.pt", "state.json", "recipe.yaml", "manifest.json")
+    }
     written = load_recipe(tmp_path / "out")
     assert (written.compat, written.model.backbone.pretrained) == ("published", False)
     assert written.model == recipe.model

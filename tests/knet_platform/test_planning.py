@@ -148,7 +148,7 @@ def test_all_problems_of_a_sweep_are_reported_at_once(sweep):
         "paper.rows.one: expected 2 values, one per column, got [1]",
         "paper.rows.two: is not an arm",
         "resources.gpus: unknown key; expected workers, gpus_per_worker, cpus_per_worker, "
-        "max_concurrent, hang_minutes, instance, spot, price_per_gpu_hour",
+        "max_concurrent, hang_minutes, keep_best, instance, spot, price_per_gpu_hour",
         "resources.workers: expected an integer >= 1, got 1.5",
         "seeds: seed 0 is listed twice",
         "arms.one: model.stage: unknown key; did you mean 'model.stages'?",
