@@ -28,16 +28,15 @@ ROOT = Path(__file__).parents[2]
 SCALE = "tests/end_to_end/tiny.yaml"
 SWEEP = f"""\
 #!/usr/bin/env -S knet run
-name: {{name}}
+name: killed
 base: {ROOT}/sweeps/recipes/knet_r50_instance_1x.yaml
-metric: {{{{name: val/AP, mode: max}}}}
-baseline: {{baseline}}
+metric: {{name: val/AP, mode: max}}
+baseline: before
 arms:
-  first: {{{{model.stages: 1, eval.score_threshold: {{threshold}}}}}}
+  first: {{model.stages: 1, eval.score_threshold: 0.31}}
+  before: {{model.stages: 1}}
 """
 """A threshold of panoptic maps changes nothing for instances but the trial's identity."""
-KILLED = SWEEP.format(name="killed", baseline="before", threshold=0.3) + "  before: {}\n"
-UNDISTURBED = SWEEP.format(name="undisturbed", baseline="first", threshold=0.31)
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,6 @@ def hung_in_mid_epoch(head: Head, log: Path, sweep: Path, fault: Path, step: int
     process.wait()
 
 
-def sweep_file(folder: Path, text: str) -> Path:
-    """Write a sweep that can be executed, as those of the project can."""
-    path = folder / f"{text.split('name: ')[1].split()[0]}.yaml"
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
 def learnt(store: TrialStore) -> dict[str, float]:
     """Return what a finished trial measured of its model, to the last bit."""
     result = store.result()
@@ -136,8 +127,10 @@ def learnt(store: TrialStore) -> dict[str, float]:
 
 def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
     home, log = tmp_path / "home", tmp_path / "job.log"
-    killed, undisturbed = (sweep_file(tmp_path, text) for text in (KILLED, UNDISTURBED))
-    sweep = load_sweep(killed, scale=str(ROOT / SCALE))
+    path = tmp_path / "killed.yaml"
+    path.write_text(SWEEP)
+    path.chmod(0o755)  # as the project's own sweeps are
+    sweep = load_sweep(path, scale=str(ROOT / SCALE))
     store = Store(str(home / "storage"))
     hashes = {trial.arm: trial.hash for trial in sweep.trials}
     before, first = (store.trial(hashes[arm]) for arm in ("before", "first"))
@@ -145,19 +138,18 @@ def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
 
     # The baseline comes first. An epoch has 4 steps, and the checkpoint is that of step 6.
     with ExitStack() as job, started_head(tmp_path) as head:
-        with hung_in_mid_epoch(head, log, killed, fault, 7):
+        with hung_in_mid_epoch(head, log, path, fault, 7):
             finished = before.result()
             assert finished is not None
             while first.status() != "partial":  # uploads are beside the training
                 sleep(0.1)
         # A job has a session of its own and outlives its head; a machine would take it along.
-        job.enter_context(hung_in_mid_epoch(head, log, killed, fault, 9))
+        job.enter_context(hung_in_mid_epoch(head, log, path, fault, 9))
     assert first.status() == "partial"
 
     with started_head(tmp_path) as head:
-        assert head.submit(log, killed).wait() == 0, log.read_text()
+        assert head.submit(log, path).wait() == 0, log.read_text()
         output = log.read_text()
-        assert head.submit(log, undisturbed).wait() == 0, log.read_text()
     assert "(baseline)" in output
     assert "knet ui" in output
 
@@ -181,5 +173,4 @@ def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
     # What was finished is not run again, and what was killed ends as if it had not been.
     assert before.result() == finished
     assert "before/0  starting" not in output
-    (trial,) = load_sweep(undisturbed, scale=str(ROOT / SCALE)).trials
-    assert learnt(first) == learnt(store.trial(trial.hash))
+    assert learnt(first) == learnt(before)
