@@ -5,12 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import torch
 from torch import Tensor
 
 from knet_core.distributed import mean_over_ranks
 from knet_core.progress import Point
 from knet_core.trainer import StepResult
+
+_LOOK_SECONDS = 1.0
+"""Between looks at the GPU: the driver itself averages over up to a second."""
 
 
 class Meter:
@@ -31,7 +35,8 @@ class Meter:
         self._grad_norms: list[Tensor] = []
         self._lr = 0.0
         self._waited = 0.0
-        self._start = time.perf_counter()
+        self._busy: list[float] = []
+        self._start = self._last_look = time.perf_counter()
 
     def add(self, result: StepResult, *, waited: float) -> None:
         """Take a step that waited so many seconds for its images."""
@@ -41,6 +46,8 @@ class Meter:
         self._grad_norms.append(result.grad_norm)
         self._lr = result.lr
         self._waited += waited
+        if time.perf_counter() - self._last_look >= _LOOK_SECONDS:
+            self._look(result.grad_norm.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums in plain values."""
@@ -73,6 +80,8 @@ class Meter:
         )
         *losses, grad_norm = (mean_over_ranks(sums) / self._steps).tolist()
         seconds = time.perf_counter() - self._start
+        if not self._busy:
+            self._look(norms.device)
         metrics = {
             "train/loss": sum(losses),
             **{
@@ -85,8 +94,20 @@ class Meter:
             "sys/data_wait": self._waited / seconds,
             **_memory(norms.device),
         }
+        if self._busy:
+            metrics["sys/gpu_utilization"] = sum(self._busy) / len(self._busy)
         self.restart()
         return Point(step=step, time=time.time(), metrics=metrics)
+
+    def _look(self, device: torch.device) -> None:
+        """Note the share of the time that the GPU is busy, where its driver tells."""
+        self._last_look = time.perf_counter()
+        if device.type != "cuda":
+            return
+        try:
+            self._busy.append(torch.cuda.utilization(device) / 100)
+        except (ImportError, RuntimeError, pynvml.NVMLError):
+            return  # a slice of a GPU, or a container without the driver's library
 
 
 def _memory(device: torch.device) -> dict[str, float]:

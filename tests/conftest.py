@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 # Before anything imports Ray, which reads them once.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -52,9 +55,125 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ordered")
 
 
+class Process:
+    """A server in a process group of its own, which ends with this process, however that ends.
+
+    Args:
+        command: Becomes the server.
+        log: Takes what it says.
+        answers: Address that answers once it is ready; None: whoever needs it finds out.
+        user: Account that it runs under.
+        cwd: Its working folder.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        log: Path,
+        answers: str | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        # Nobody writes into the pipe: it ends when this process does.
+        guarded = 'exec 3<&0; (cat <&3; kill -9 0) & exec "$@" </dev/null 3<&-'
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                ["sh", "-c", guarded, "sh", *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=env,
+                user=user,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        if answers is not None:
+            self._await_answer(answers, log)
+
+    def _await_answer(self, address: str, log: Path) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(address, timeout=1):
+                    return
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self.kill()
+                    raise AssertionError(log.read_text()[-2000:]) from None
+                time.sleep(0.05)  # nothing tells when a server of its own process listens
+
+    def stop(self) -> None:
+        """Let it end in its own way, at once."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(30)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and its workers as a power cut would."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(10)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
 @pytest.fixture(scope="session")
-def ray_cluster(faults: Path) -> Iterator[str]:
-    """A Ray cluster on this machine, connected to; gives its dashboard's address."""
+def start_process() -> Callable[..., Process]:
+    """Return what starts a server; see `Process`."""
+    return Process
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables that lead to an S3 endpoint: moto's, in a process of its own.
+
+    None where `KNET_TEST_S3=s3://bucket/prefix` names another, with the credentials in use.
+    """
+    if "KNET_TEST_S3" in os.environ:
+        yield {}
+        return
+    import boto3
+
+    from knet_platform.cli.ui import free_port
+
+    address = f"http://127.0.0.1:{(port := free_port(0))}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    server = Process(command, tmp_path_factory.mktemp("s3") / "log", f"{address}/moto-api/")
+    account = {"id": "test", "secret": "test-secret", "region": "us-east-1"}
+    boto3.client(
+        "s3",
+        endpoint_url=address,
+        region_name=account["region"],
+        aws_access_key_id=account["id"],
+        aws_secret_access_key=account["secret"],
+    ).create_bucket(Bucket="knet-test")
+    yield {
+        "AWS_ACCESS_KEY_ID": account["id"],
+        "AWS_SECRET_ACCESS_KEY": account["secret"],
+        "AWS_DEFAULT_REGION": account["region"],
+        "AWS_ENDPOINT_URL": address,
+    }
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_environment: dict[str, str]) -> str:
+    """A prefix in a bucket there."""
+    return os.environ.get("KNET_TEST_S3", "s3://knet-test/some/prefix")
+
+
+@pytest.fixture
+def s3_uri(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, for this process."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return bucket
+
+
+@pytest.fixture(scope="session")
+def cluster(faults: Path, s3_environment: dict[str, str]) -> Iterator["Cluster"]:
+    """A Ray cluster on this machine, connected to; its processes know the S3 endpoint."""
     from knet_platform.cluster import prepare_environment
 
     prepare_environment()
@@ -76,12 +195,19 @@ def ray_cluster(faults: Path) -> Iterator[str]:
             "dashboard_port": 0,
             "dashboard_agent_listen_port": 0,
             "object_store_memory": 200 * 2**20,
+            "env_vars": s3_environment,
         },
     )
-    context = ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield f"http://{context.dashboard_url}"
+    ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cluster: "Cluster") -> str:
+    """The same; gives its dashboard's address."""
+    return f"http://{cluster.webui_url}"
 
 
 @pytest.fixture(scope="session")
@@ -102,36 +228,23 @@ class Server:
         self._log = folder / "server.log"
         self._port = free_port(0)
         self.uri = f"http://127.0.0.1:{self._port}"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def start(self) -> None:
         from knet_platform.cli.ui import server_command
 
         command = server_command(self.store, self._port)
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--artifacts-destination", self._artifacts],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                assert self.process.poll() is None, self._log.read_text()[-2000:]
-                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
-                time.sleep(0.05)  # nothing tells when a server of its own process listens
+        self.process = Process(
+            [*command, "--artifacts-destination", self._artifacts],
+            self._log,
+            f"{self.uri}/health",
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
 
     def kill(self) -> None:
         """End it and its workers as a power cut would."""
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
+            self.process.kill()
             self.process = None
 
 

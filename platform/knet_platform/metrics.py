@@ -55,6 +55,7 @@ METRICS: dict[str, MetricInfo] = {
     "sys/images_per_s": MetricInfo(title="Images/s"),
     "sys/data_wait": MetricInfo(title="Waiting for data, %", scale=100.0, higher_is_better=False),
     "sys/host_memory_gb": _cost("Host memory, GB", 2),
+    "sys/gpu_utilization": _share("GPU in use, %"),
     "sys/gpu_memory_gb": _cost("GPU memory, GB", 2),
     "sys/gpu_hours": _cost("GPU hours", 2),
     "cost/usd": _cost("USD", 2),

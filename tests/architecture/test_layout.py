@@ -1,5 +1,6 @@
 """The shape of the repository, as tests."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,9 @@ def test_sweep_files_are_executable_so_that_the_literal_job_form_works():
     for sweep in (ROOT / "sweeps").glob("*.yaml"):
         assert sweep.stat().st_mode & 0o111, f"chmod +x {sweep.name}"
         assert sweep.read_text().startswith("#!/usr/bin/env -S knet run\n"), sweep.name
+
+
+def test_the_teams_tracking_server_is_the_mlflow_that_is_tested():
+    (locked,) = re.findall(r"^mlflow==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+    dockerfile = (ROOT / "cluster" / "tracking" / "Dockerfile").read_text()
+    assert f"ARG MLFLOW={locked}\n" in dockerfile

@@ -13,22 +13,12 @@ from knet_platform.storage import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-RECIPE = """\
-data:
-  format: shapes
-  shapes: {num_train: 16, num_val: 4, size: 64}
-  short_edge: [64, 64]
-  long_edge: 64
-  num_workers: 0
-model:
-  backbone: {name: test_resnet, pretrained: false}
-  channels: 32
-  num_kernels: 8
-  num_heads: 4
-  ffn_channels: 64
-  stages: 1
-train: {iterations: 6, batch_size: 4, log_every: 1, eval_every: 2}
-eval: {batch_size: 2, fps_iterations: 0, probe_images: 1}
+TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
+RECIPE = f"""\
+base: {TINY}
+model: {{backbone: {{name: test_resnet}}, stages: 1}}
+train: {{iterations: 6, batch_size: 4, log_every: 1, eval_every: 2}}
+eval: {{fps_iterations: 0}}
 """
 SWEEP = """\
 name: outage

@@ -6,6 +6,8 @@ starts. A test writes `$KNET_TEST_FAULTS/<trial hash>/<fault>`:
     kill_worker, kill_driver, hang   number of the step at which it happens, once, on one worker
     nan                              number of the step from which images are NaN
     train_limit, eval_limit          images of a pass beyond which the device has no memory
+    pause                            seconds before each step; node and step are left in `place`
+    watch                            seconds between looks for drained nodes, which tests else omit
 """
 
 import functools
@@ -49,6 +51,9 @@ def _faulty_driver(run_trial):
         faults = _faults(config["job"]["trial_hash"])
         if faults.is_dir():
             (faults / "driver.pid").write_text(str(os.getpid()))
+        if (watch := faults / "watch").exists():
+            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"
+            os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = watch.read_text()
         run_trial(config, *args, **options)
 
     return run
@@ -66,6 +71,7 @@ def _faulty_worker(train_worker):
 
 
 def _install(faults, folder):
+    import ray
     import torch
 
     from knet_core.models.knet import KNet
@@ -90,6 +96,10 @@ def _install(faults, folder):
             time.sleep(0.01)  # it appears by a rename, of which nobody is told
 
     def step(self, number, batches):
+        if (pause := faults / "pause").exists():
+            node = ray.get_runtime_context().get_node_id()
+            (faults / "place").write_text(f"{node} {number}")
+            time.sleep(float(pause.read_text()))
         if is_due("kill_worker", number):
             await_upload(number - 1)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -3,22 +3,19 @@
 import http.client
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from knet_platform.cli.ui import free_port
 from knet_platform.planning import load_sweep
@@ -147,9 +144,10 @@ class Database:
         folder: Short (a socket's path has 107 characters), and open to the account that runs it:
             PostgreSQL refuses to be root's.
         password: Of its user `mlflow`.
+        start: Starts its process.
     """
 
-    def __init__(self, folder: Path, password: str) -> None:
+    def __init__(self, folder: Path, password: str, start: Callable[..., Any]) -> None:
         versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         assert versions, "no PostgreSQL; expected Debian's: apt-get install postgresql"
         self._programs = versions[-1]
@@ -168,17 +166,15 @@ class Database:
             *("initdb", "--pgdata", folder / "data", "--username", "mlflow"),
             *("--auth", "scram-sha-256", "--pwfile", folder / "password", "--no-sync"),
         )
-        with (folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(self._programs / "postgres", "-D", folder / "data", "-F"),
-                    *("-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}"),
-                ],
-                user=self._user,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
+        self._process = start(
+            [
+                *(self._programs / "postgres", "-D", folder / "data", "-F"),
+                *("-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}"),
+            ],
+            folder / "log",
+            user=self._user,
+            cwd=folder,
+        )
         deadline = time.monotonic() + 60
         while self._run("pg_isready", "--quiet", check=False):
             assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -191,8 +187,7 @@ class Database:
         self._run("createdb", "mlflow")
 
     def stop(self) -> None:
-        self._process.send_signal(signal.SIGINT)  # at once, whoever is connected
-        self._process.wait(30)
+        self._process.stop()  # whoever is connected
 
     def _run(self, program: str, *arguments: object, check: bool = True) -> int:
         return subprocess.run(
@@ -208,8 +203,10 @@ class Database:
 class TeamServer:
     """What `cluster/tracking` deploys, from its own files: accounts, PostgreSQL and a bucket."""
 
-    def __init__(self, folder: Path, artifacts: str, s3: dict[str, str]) -> None:
-        self.artifacts = artifacts
+    def __init__(
+        self, folder: Path, artifacts: str, s3: dict[str, str], start: Callable[..., Any]
+    ) -> None:
+        self._start = start
         self._log = folder / "server.log"
         self._port = free_port(0)
         self.uri = f"http://127.0.0.1:{self._port}"
@@ -218,7 +215,8 @@ class TeamServer:
         self.password = (self.secrets / "admin_password").read_text()
         socket_folder = Path(tempfile.mkdtemp(prefix="knet-pg-"))
         self._socket_folder = socket_folder
-        self.database = Database(socket_folder, (self.secrets / "database_password").read_text())
+        password = (self.secrets / "database_password").read_text()
+        self.database = Database(socket_folder, password, start)
         settings = dict(
             line.split("=", 1)
             for line in (folder / ".env").read_text().splitlines()
@@ -232,7 +230,7 @@ class TeamServer:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}"
             f"{self.database.environment['PATH']}",
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
     def start(self) -> None:
         places = {
@@ -241,28 +239,16 @@ class TeamServer:
             "KNET_PORT": str(self._port),
             "KNET_WORKERS": "1",
         }
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [TRACKING / "serve.sh"],
-                env={**self.environment, **places},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                assert self._process.poll() is None, self._log.read_text()[-2000:]
-                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
-                time.sleep(0.05)  # likewise
+        self._process = self._start(
+            [TRACKING / "serve.sh"],
+            self._log,
+            f"{self.uri}/health",
+            env={**self.environment, **places},
+        )
 
     def kill(self) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(10)
+            self._process.kill()
             self._process = None
 
     def close(self) -> None:
@@ -272,41 +258,14 @@ class TeamServer:
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[tuple[str, dict[str, str]]]:
-    """An S3 address and the environment that leads there.
-
-    moto's server; any other with `KNET_TEST_S3=s3://bucket/prefix` and boto3's own variables.
-    """
-    if given := os.environ.get("KNET_TEST_S3"):
-        yield given, {}
-        return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}",
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="knet-team")
-    yield "s3://knet-team/mlflow", environment
-    server.stop()
-
-
-@pytest.fixture(scope="session")
 def team_server(
-    tmp_path_factory: pytest.TempPathFactory, bucket: tuple[str, dict[str, str]]
+    tmp_path_factory: pytest.TempPathFactory,
+    bucket: str,
+    s3_environment: dict[str, str],
+    start_process: Callable[..., Any],
 ) -> Iterator[TeamServer]:
-    server = TeamServer(tmp_path_factory.mktemp("team"), *bucket)
+    folder = tmp_path_factory.mktemp("team")
+    server = TeamServer(folder, f"{bucket}/mlflow", s3_environment, start_process)
     try:
         server.start()
         yield server
