@@ -19,9 +19,9 @@ from knet_platform.redaction import clean_command
 from knet_platform.source import Source
 
 PACKAGES = (
-    *("boto3", "faster-coco-eval", "jinja2", "mlflow", "numpy", "omegaconf", "optuna"),
-    *("packaging", "pillow", "plotly", "pyarrow", "pycocotools", "pyyaml", "ray", "rich"),
-    *("safetensors", "scipy", "timm", "torch", "torchvision"),
+    *("boto3", "faster-coco-eval", "jinja2", "mlflow", "numpy", "nvidia-ml-py", "omegaconf"),
+    *("optuna", "packaging", "pillow", "plotly", "pyarrow", "pycocotools", "pyyaml", "ray"),
+    *("rich", "safetensors", "scipy", "timm", "torch", "torchvision"),
 )
 """The project's direct dependencies; a job's copy of the code has no metadata that lists them."""
 

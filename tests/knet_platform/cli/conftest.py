@@ -20,6 +20,17 @@ data:
 train: {iterations: 2, batch_size: 2, log_every: 1, eval_every: 1}
 eval: {fps_iterations: 1, probe_images: 1}
 """
+SWEEP = """\
+# Width of the kernels
+name: width
+base: tiny.yaml
+metric: {name: val/AP, mode: max}
+seeds: [0, 1]
+baseline: "narrow"
+arms:
+  narrow: {}
+  model.channels=64: {model.channels: 64}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -34,4 +45,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def width_sweep(recipe: Path) -> Path:
+    """A sweep of that recipe."""
+    path = recipe.with_name("width.yaml")
+    path.write_text(SWEEP)
     return path

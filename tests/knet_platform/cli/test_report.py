@@ -11,29 +11,16 @@ from knet_platform.home import storage_uri
 from knet_platform.planning import load_sweep
 from knet_platform.storage import Store, TrialResult
 
-SWEEP = """\
-# Width of the kernels
-name: width
-base: tiny.yaml
-metric: {name: val/AP, mode: max}
-seeds: [0, 1]
-baseline: "narrow"
-arms:
-  narrow: {}
-  wide: {model.channels: 64}
-"""
-
 
 @pytest.fixture
-def sweep(recipe: Path, finished: Callable[..., TrialResult]) -> Path:
-    path = recipe.with_name("width.yaml")
-    path.write_text(SWEEP)
-    for trial in load_sweep(path).trials:
-        if trial.name != "wide/1":
+def sweep(width_sweep: Path, finished: Callable[..., TrialResult]) -> Path:
+    """All but one trial are finished."""
+    for trial in load_sweep(width_sweep).trials:
+        if trial.name != "model.channels=64/1":
             metrics = {"val/AP": 0.2 + 0.1 * trial.seed, "val/AP50": 0.5}
             result = finished(trial.hash, metrics=metrics)
             Store(storage_uri()).trial(trial.hash).write_result(result)
-    return path
+    return width_sweep
 
 
 def test_it_prints_the_table_and_writes_every_file(
@@ -42,7 +29,7 @@ def test_it_prints_the_table_and_writes_every_file(
     assert main(["report", str(sweep)]) == 0
     printed = capsys.readouterr().out
     assert "narrow (baseline)" in printed
-    assert "wide/1: not started" in printed
+    assert "model.channels=64/1: not started" in printed
     folder = home / "reports" / "width"
     assert f"page: {folder / 'index.html'}" in printed
     assert len(list(folder.iterdir())) == 5
@@ -66,7 +53,7 @@ def test_other_settings_are_other_trials(sweep: Path, capsys: pytest.CaptureFixt
     arms = json.loads(capsys.readouterr().out)["arms"]
     assert {name: (arm["n"], arm["status"]) for name, arm in arms.items()} == {
         "narrow": (0, "new"),
-        "wide": (0, "new"),
+        "model.channels=64": (0, "new"),
     }
 
 

@@ -24,30 +24,17 @@ from knet_platform.storage import Evaluation, Store, TrialResult
 from knet_platform.tracking import SweepRun, TrialModel, TrialRun
 from knet_platform.tracking.mlflow import MLflowTracker
 
-SWEEP = """\
-# Width of the kernels
-name: width
-base: tiny.yaml
-metric: {name: val/AP, mode: max}
-seeds: [0, 1]
-baseline: "narrow"
-arms:
-  narrow: {}
-  model.channels=64: {model.channels: 64}
-"""
 WINNER = "narrow/1"
 
 
 @pytest.fixture
 def path(
-    recipe: Path, finished: Callable[..., TrialResult], monkeypatch: pytest.MonkeyPatch
+    width_sweep: Path, finished: Callable[..., TrialResult], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A sweep of which three trials are finished; only the winner has its checkpoint."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as if unset, and restored afterwards
-    path = recipe.with_name("width.yaml")
-    path.write_text(SWEEP)
     scores = {"narrow/0": 0.2, WINNER: 0.5, "model.channels=64/0": 0.3}
-    for trial in load_sweep(path).trials:
+    for trial in load_sweep(width_sweep).trials:
         if trial.name not in scores:
             continue
         folder = Store(storage_uri()).trial(trial.hash)
@@ -64,7 +51,7 @@ def path(
         folder.write_result(
             finished(trial.hash, step=step, metrics=metrics, checkpoint=checkpoint)
         )
-    return path
+    return width_sweep
 
 
 def track(sweep: Sweep) -> None:
