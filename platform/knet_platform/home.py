@@ -44,3 +44,27 @@ def tracking_uri() -> str:
     `UNTRACKED` in its place means that nobody is told of runs.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{knet_home() / 'mlflow.db'}"
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return a path's nearest part that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def is_writable(folder: Path) -> bool:
+    """Tell whether files can be made in a folder, which need not exist yet."""
+    existing = nearest_existing(folder)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a local folder for state in which nothing can be kept, before there is any.
+
+    Raises:
+        UsageError: It is read-only, or of somebody else.
+    """
+    if not is_writable(folder):
+        raise UsageError(
+            f"{folder}: cannot write in {nearest_existing(folder)}; expected a folder of yours: "
+            f"set KNET_HOME, and KNET_STORAGE if that is set, to one"
+        )

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from knet_platform.home import UNTRACKED, knet_home, storage_uri, tracking_uri
+from knet_platform.errors import StorageError
+from knet_platform.home import (
+    UNTRACKED,
+    is_writable,
+    knet_home,
+    nearest_existing,
+    storage_uri,
+    tracking_uri,
+)
+from knet_platform.storage import Store
 
 EXAMPLES = """\
 examples:
@@ -125,8 +134,8 @@ def _devices() -> Check:
 
 def _home() -> Iterator[Check]:
     home = knet_home()
-    existing = _existing(home)
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+    existing = nearest_existing(home)
+    if is_writable(home):
         yield Check(name="KNET_HOME", status="ok", found=str(home))
     else:
         yield Check(
@@ -139,10 +148,6 @@ def _home() -> Iterator[Check]:
     status: Status = "ok" if free >= LITTLE_DISK else "warn" if free >= NO_DISK else "fail"
     mend = "" if status == "ok" else "free some, or point KNET_HOME at a larger disk"
     yield Check(name="disk", status=status, found=f"{free:.0f} GiB free", mend=mend)
-
-
-def _existing(path: Path) -> Path:
-    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 def _ray_auth() -> Check:
@@ -190,13 +195,20 @@ def _store(name: str, uri: str) -> Check:
     """Check a place by its address: a folder, a bucket, or a server."""
     url = urlsplit(uri)
     if url.scheme in ("", "file"):
-        existing = _existing(Path(url.path))
-        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        existing = nearest_existing(Path(url.path))
+        if is_writable(existing):
             return Check(name=name, status="ok", found=uri)
         mend = "make it writable, or name another place"
         return Check(
             name=name, status="fail", found=f"{uri}: cannot write in {existing}", mend=mend
         )
+    if url.scheme == "s3":
+        try:
+            Store(uri).hashes()
+        except StorageError as error:
+            found, _, mend = str(error).rpartition("; ")
+            return Check(name=name, status="fail", found=found, mend=mend)
+        return Check(name=name, status="ok", found=uri)
     return Check(name=name, status="ok", found=f"{uri} (not contacted)")
 
 

@@ -14,7 +14,13 @@ from knet_platform.cli.sweeps import add_sweep_arguments, load_priced_sweep
 from knet_platform.cluster import prepare_environment, ray_address
 from knet_platform.errors import BudgetError, TrialsFailedError
 from knet_platform.forecast import look_up, make_forecast, require_budget
-from knet_platform.home import knet_home, storage_uri, tracking_uri
+from knet_platform.home import (
+    knet_home,
+    nearest_existing,
+    require_writable,
+    storage_uri,
+    tracking_uri,
+)
 from knet_platform.planning import Sweep
 from knet_platform.storage import Store
 from knet_platform.suggestions import recall
@@ -53,7 +59,7 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
     home = knet_home()
     store = Store(storage_uri())
     ray_address()
-    _require_space(home, store)
+    _require_room(home, store)
     sweep = recall(sweep, store)
     if only_failed and sweep.search:
         sweep = replace(sweep, search=sweep.search.closed())
@@ -108,11 +114,11 @@ def run_trials(args: argparse.Namespace, *, only_failed: bool) -> int:
     return TrialsFailedError.exit_code if outcome.failed else 0
 
 
-def _require_space(home: Path, store: Store) -> None:
-    """Refuse to start on a disk that the first checkpoint would fill."""
-    for folder in {home, *(() if "://" in store.uri else (Path(store.uri),))}:
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free / 2**30
+def _require_room(home: Path, store: Store) -> None:
+    """Refuse to start on a disk that takes nothing, or that the first checkpoint would fill."""
+    for folder in (home, *(() if "://" in store.uri else (Path(store.uri),))):
+        require_writable(folder)
+        free = shutil.disk_usage(nearest_existing(folder)).free / 2**30
         if free < LEAST_FREE_GIB:
             raise DiskFullError(
                 f"{folder}: {free:.2f} GiB free, expected at least {LEAST_FREE_GIB:g}; free some, "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from knet_core import KNetError
 from knet_platform.config import load_recipe
 from knet_platform.errors import InterruptedSweepError
-from knet_platform.home import knet_home, tracking_uri
+from knet_platform.home import knet_home, require_writable, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.planning import Sweep, Trial
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, data_fingerprint(recipe.data)))
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
+    for folder in (knet_home(), output):
+        require_writable(folder)
     checkpoint = _starting_point(output)
     keep_freed_memory()
     tracker = open_tracker(

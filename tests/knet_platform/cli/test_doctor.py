@@ -71,6 +71,20 @@ def test_an_unreachable_tracking_server_fails(
     assert (code, checks["tracking"]["status"]) == (2, "fail")
 
 
+@pytest.mark.parametrize(("bucket", "status"), [("", "ok"), ("s3://nobody-made-it", "fail")])
+def test_a_bucket_is_asked(
+    bucket: str,
+    status: str,
+    s3_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("KNET_STORAGE", bucket or s3_uri)
+    check = _checks(capsys)[1]["storage"]
+    assert check["status"] == status
+    assert ("create the bucket" in check["mend"]) == (status == "fail")
+
+
 def test_what_a_tracking_store_missed_is_pointed_out(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,16 @@ def test_a_full_disk_is_refused(
     assert not home.exists()
 
 
+@pytest.mark.parametrize("name", ["KNET_HOME", "KNET_STORAGE"])
+def test_a_folder_that_takes_no_files_is_refused(
+    sweep: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, f"{sweep}/folder")
+    code, line = refused(capsys, str(sweep))
+    assert code == 2
+    assert line.startswith(f"error: {sweep}/folder: cannot write in {sweep}; ")
+
+
 def test_a_dashboards_address_is_refused(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
