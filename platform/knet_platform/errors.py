@@ -28,6 +28,8 @@ class TrackingError(PlatformError):
 class StorageError(PlatformError):
     """The store of results and checkpoints cannot be read or written."""
 
+    exit_code = 2
+
 
 class TrialsFailedError(PlatformError):
     """A sweep ended with failed trials."""

@@ -246,7 +246,7 @@ class Journal:
             for row in rows:
                 if row[0] in self._arrived:
                     continue
-                if _checksum(row[:-1]) == row[-1]:
+                if _is_sound(row):
                     yield _record(row)
                     continue
                 self._arrived.add(row[0])
@@ -309,8 +309,8 @@ def _salvage(path: Path) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         except sqlite3.DatabaseError:  # from here on nothing can be read
             continue
     database.close()
-    records = [row for row in found["records"] if _checksum(row[:-1]) == row[-1]]
-    return records, found["sweep"]
+    records = [row for row in found["records"] if _is_sound(row)]
+    return records, [row for row in found["sweep"] if None not in row]
 
 
 def _row(record: Record) -> tuple[Any, ...]:
@@ -324,6 +324,11 @@ def _record(row: tuple[Any, ...]) -> Record:
     return Record(
         number=number, kind=kind, trial=trial, arguments=json.loads(arguments), content=content
     )
+
+
+def _is_sound(row: tuple[Any, ...]) -> bool:
+    """Tell whether a row is as it was written; of pages that are gone SQLite reads NULL."""
+    return None not in row and _checksum(row[:-1]) == row[-1]
 
 
 def _checksum(row: tuple[Any, ...]) -> int:

@@ -49,6 +49,7 @@ _LONGEST = 500
 """Characters of a tag or parameter that every MLflow store takes."""
 _TIMEOUT = "20"
 """Seconds for one answer of a server."""
+_UPGRADE = "mlflow db upgrade"
 _NOT_NOW = (401, 403, 408, 429)
 """Refusals that may pass: of who asks, or how often, not of what is sent."""
 
@@ -318,6 +319,11 @@ def _line(where: str, error: BaseException) -> str:
     # What went wrong with a connection is said best, and without passwords, by the innermost.
     said = inner if isinstance(inner, OSError) else error
     reason = (str(said).splitlines() or [type(said).__name__])[0]
+    if _UPGRADE in reason:
+        return (
+            f"MLFLOW_TRACKING_URI: {where}: of another version of MLflow "
+            f"({reason.partition('. ')[0]}); copy it, then run `{_UPGRADE} {where}`"
+        )
     return (
         f"MLFLOW_TRACKING_URI: {where}: {reason}; expected MLflow's store: start its server, "
         f"or unset MLFLOW_TRACKING_URI to use a file"

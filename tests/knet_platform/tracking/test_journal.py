@@ -76,21 +76,22 @@ def test_a_torn_tail_costs_what_was_torn_and_nothing_else(
 
 
 @pytest.mark.parametrize("harm", ["tail", "middle", "head"])
+@pytest.mark.parametrize("size", [0, 3000], ids=["rows", "pages"])
 def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
-    tmp_path: Path, warnings: list[str], harm: str
+    tmp_path: Path, warnings: list[str], harm: str, size: int
 ) -> None:
     path = tmp_path / "s.db"
     journal = Journal(path, warn=warnings.append)
     journal.describe("none", RUN)
-    fill(journal, *range(200), size=3000)
+    fill(journal, *range(200), size=size)
     journal._database.close()  # as `close`, but for the records that nobody sent
-    size = path.stat().st_size
+    length = path.stat().st_size
     with path.open("r+b") as file:
         if harm == "tail":
-            file.truncate(size - 100_000)
+            file.truncate(length * 5 // 6)
         else:
-            file.seek(size // 2 if harm == "middle" else 0)
-            file.write(b"\xa5" * 20_000)
+            file.seek(length // 2 if harm == "middle" else 0)
+            file.write(b"\xa5" * (length // 6))
     mended = Journal(path, warn=warnings.append)
     kept = names(mended)
     assert kept == sorted(set(kept))

@@ -1,6 +1,8 @@
 """What every tracker promises, and what MLflow shows of it."""
 
 import io
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -347,3 +349,22 @@ def test_a_folder_that_cannot_be_made_is_one_line(sweep, tmp_path: Path) -> None
     tracker = MLflowTracker(f"sqlite:///{tmp_path}/file/mlflow.db", artifacts=tmp_path)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
         tracker.start_sweep(sweep.run)
+
+
+def test_a_store_of_another_version_is_refused_with_the_command_that_migrates_it(
+    sweep, store_folder: Path, tmp_path: Path
+) -> None:
+    MlflowClient(f"sqlite:///{store_folder}/mlflow.db").search_experiments(max_results=1)
+    uri = f"sqlite:///{tmp_path}/old.db"
+    with (
+        closing(sqlite3.connect(f"{store_folder}/mlflow.db")) as new,
+        closing(sqlite3.connect(f"{tmp_path}/old.db")) as old,
+    ):
+        new.backup(old)
+        old.execute("UPDATE alembic_version SET version_num = '1b5f0d9ad7c1'")
+        old.commit()
+    with pytest.raises(
+        TrackingError, match=f"copy it, then run `mlflow db upgrade {uri}`$"
+    ) as info:
+        MLflowTracker(uri, artifacts=tmp_path).start_sweep(sweep.run)
+    assert len(str(info.value).splitlines()) == 1
