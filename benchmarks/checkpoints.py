@@ -4,9 +4,9 @@ python benchmarks/checkpoints.py [--store s3://bucket/prefix] [--rounds 10]
 
 Trains one recipe on synthetic images. A checkpoint is written every `--every` steps; every other
 one is uploaded, so steps beside an upload and steps beside none alternate in one process. Printed
-are the medians of both and their ratio, how long training waits for a save, the share of all of it
-in the time between two checkpoints of a recipe (`--minutes`), and from which interval on it is
-below 2 %.
+are the medians of both, what all steps beside an upload took longer, how long training waits for a
+save, the share of all of it in the time between two checkpoints of a recipe (`--minutes`), and
+from which interval on it is below 2 %.
 """
 
 import argparse
@@ -33,6 +33,7 @@ class Clock:
         self._uploads = uploads
         self._upload: Future[None] | None = None
         self._last: float | None = None
+        self._busy = False
         self._saves = 0
         self.alone: list[float] = []
         self.beside: list[float] = []
@@ -40,12 +41,11 @@ class Clock:
         self.uploading: list[float] = []
 
     def on_progress(self) -> None:
-        """Note that a step ended."""
+        """Note that a step ended; it was beside an upload if that ran in any part of it."""
         now = time.perf_counter()
-        busy = self._upload is not None and not self._upload.done()
         if self._last is not None:
-            (self.beside if busy else self.alone).append(now - self._last)
-        self._last = now
+            (self.beside if self._busy else self.alone).append(now - self._last)
+        self._begin(now)
 
     def on_report(self, report: Report) -> None:
         """Note how long the save took, and upload every other one."""
@@ -56,7 +56,11 @@ class Clock:
         self._saves += 1
         if self._saves % 2:
             self._upload = self._uploads.submit(self._put, report.checkpoint)
-        self._last = None  # the step that follows began before the save
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._last = now
+        self._busy = self._upload is not None and not self._upload.done()
 
     def _put(self, checkpoint: Path) -> None:
         began = time.perf_counter()
@@ -118,13 +122,14 @@ def main() -> None:
         size = sum(file.stat().st_size for file in result.checkpoint.iterdir())
     alone, beside = statistics.median(clock.alone), statistics.median(clock.beside)
     wait, upload = statistics.median(clock.waits), statistics.median(clock.uploading)
-    cost = wait + max(0.0, beside / alone - 1) * upload
+    slowed = sum(seconds - alone for seconds in clock.beside) / len(clock.uploading)
+    cost = wait + max(0.0, slowed)
     print(f"{torch.get_num_threads()} threads on {os.cpu_count()} cores")
     print(f"checkpoint of {size / 1e6:.0f} MB; training waits {wait:.2f} s for its save")
     print(f"upload in {upload:.2f} s beside it")
     print(
-        f"step alone {1000 * alone:.0f} ms, beside an upload {1000 * beside:.0f} ms: "
-        f"ratio {beside / alone:.3f} over {len(clock.alone)} and {len(clock.beside)} steps"
+        f"step alone {1000 * alone:.0f} ms, beside an upload {1000 * beside:.0f} ms, over "
+        f"{len(clock.alone)} and {len(clock.beside)} steps: {slowed:.2f} s an upload"
     )
     print(
         f"{cost:.2f} s a checkpoint: {100 * cost / (60 * args.minutes):.2f} % of "
