@@ -15,6 +15,7 @@ VERBS = {
     "plan": "show what a sweep would run, what is done, and how long the rest takes",
     "run": "start or continue a sweep",
     "retry": "run the trials of a sweep that failed",
+    "cluster": "write the files and the token of a cluster",
     "submit": "send a sweep to a Ray cluster as a job",
     "report": "write a sweep's table beside the paper's numbers, and its page",
     "diff": "show what differs between two runs",

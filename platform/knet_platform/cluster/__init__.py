@@ -1,0 +1,11 @@
+"""Ray clusters: connect to one, describe one, talk to one's jobs, and find what ails one."""
+
+from knet_platform.cluster.connection import (
+    HEAD,
+    connected,
+    prepare_environment,
+    ray_address,
+    trial_slots,
+)
+
+__all__ = ["HEAD", "connected", "prepare_environment", "ray_address", "trial_slots"]
