@@ -1,15 +1,12 @@
 """`knet submit`: run a sweep as a job of a Ray cluster, follow its log, end as it ends."""
 
 import argparse
-import asyncio
-import logging
 import os
 import shlex
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import knet_core
 import knet_platform
@@ -17,12 +14,10 @@ from knet_core import DataError, data_home
 from knet_platform.cli import run as run_verb
 from knet_platform.cli.sweeps import load_priced_sweep
 from knet_platform.cluster import prepare_environment
-from knet_platform.errors import InterruptedSweepError, UsageError
+from knet_platform.config import read_yaml
+from knet_platform.errors import UsageError
 from knet_platform.home import knet_home, storage_uri
 from knet_platform.source import read_source
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 EXAMPLES = """\
 examples:
@@ -33,12 +28,8 @@ From the project's folder. The job gets KNET_HOME, KNET_DATA, KNET_STORAGE and
 MLFLOW_TRACKING_URI as they are here, so name folders as the cluster sees them; credentials stay
 here, the cluster has its own. Submitting the same again continues an interrupted sweep."""
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 EXCLUDED = (".git", ".venv", ".knet", "/data", "/demo", "/dist", "__pycache__", ".*_cache")
 """What a job has no use for, as in .gitignore, which Ray heeds as well."""
-POLL_SECONDS = 1.0
-STARTING_SECONDS = 30.0
-"""A cluster answers before it can take jobs, for at most this long."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +44,20 @@ def run(args: argparse.Namespace) -> int:
     with suppress(DataError):  # the data may lie where only the cluster sees it
         load_priced_sweep(args)
     prepare_environment()
-    client = _client()
-    job = _submit(client, _entrypoint(sweep, args))
+    from knet_platform.cluster.jobs import SWEEP, Jobs, require_small
+
+    jobs, environment = Jobs(), runtime_env()
+    require_small(Path.cwd(), environment["excludes"])
+    name = str(read_yaml(sweep).get("name", sweep.stem))
+    job = jobs.submit(_entrypoint(sweep, args), environment, {SWEEP: name})
     print(f"job {job}", file=sys.stderr)
     try:
-        asyncio.run(_follow(client, job))
-        return _exit_code(client, job)
+        for text in jobs.follow(job):
+            print(text, end="", flush=True)
+        return jobs.exit_code(job)
     except KeyboardInterrupt:
         print(
-            f"job {job} goes on; ray job logs -f {job} follows it, ray job stop {job} ends it",
+            f"job {job} goes on; knet logs -f {job} follows it, knet cancel {job} ends it",
             file=sys.stderr,
         )
         raise
@@ -123,58 +119,3 @@ def _entrypoint(sweep: Path, args: argparse.Namespace) -> str:
         if given
     ]
     return shlex.join(words)
-
-
-def _client() -> "JobSubmissionClient":
-    from ray.job_submission import JobSubmissionClient
-
-    for module in ("dashboard_sdk", "job.sdk"):  # they set a level of their own
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    address = address or DEFAULT_ADDRESS
-    try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"RAY_ADDRESS: cannot submit to {address} ({_first_line(error)}); expected the http "
-            f"address of a cluster's dashboard, with the same RAY_AUTH_MODE "
-            f"({os.environ.get('RAY_AUTH_MODE')}); start one: ray start --head"
-        ) from error
-
-
-def _submit(client: "JobSubmissionClient", entrypoint: str) -> str:
-    deadline = time.monotonic() + STARTING_SECONDS
-    while True:
-        try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env())
-        except (RuntimeError, ValueError) as error:
-            if "try again later" in str(error) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-                continue
-            raise UsageError(
-                f"{Path.cwd()}: the cluster refused the job ({_first_line(error)}); with it goes "
-                f"this folder, without what .gitignore names, of at most 100 MiB"
-            ) from error
-
-
-async def _follow(client: "JobSubmissionClient", job: str) -> None:
-    async for text in client.tail_job_logs(job):
-        print(text, end="", flush=True)
-
-
-def _exit_code(client: "JobSubmissionClient", job: str) -> int:
-    """Wait for the job's end, which may come after the end of its log."""
-    from ray.job_submission import JobStatus
-
-    while not (info := client.get_job_info(job)).status.is_terminal():
-        time.sleep(POLL_SECONDS)
-    if info.status == JobStatus.STOPPED:  # by `ray job stop`, which keeps no exit code
-        raise InterruptedSweepError(f"job {job}: stopped; the same command continues the sweep")
-    if info.driver_exit_code is None:
-        raise UsageError(f"job {job}: {info.message or info.status}")
-    # A process ended by signal N has code -N; shells say 128 + N.
-    return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

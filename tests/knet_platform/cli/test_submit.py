@@ -100,4 +100,4 @@ def test_no_cluster_is_one_line(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert main(["submit", "sweep.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: RAY_ADDRESS: cannot submit to http://127.0.0.1:9 (")
+    assert line.startswith("error: RAY_ADDRESS: cannot reach http://127.0.0.1:9 (")
