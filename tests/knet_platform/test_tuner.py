@@ -186,7 +186,32 @@ def test_submit_runs_the_sweep_as_a_job_and_ends_as_it_ends(
     monkeypatch.chdir(done.folder)
     monkeypatch.setenv("RAY_ADDRESS", done.cluster)
     assert main(["submit", "tiny.yaml"]) == 0
+    captured = capsys.readouterr()
+    assert "2 (baseline)" in captured.out
+    job = captured.err.splitlines()[0].removeprefix("job ")
+    assert main(["status", "--json"]) == 0
+    latest = json.loads(capsys.readouterr().out)[0]
+    assert (latest["job"], latest["sweep"], latest["exit_code"]) == (job, "tiny", 0)
+    # The log of a job that has ended ends, too, and so does who follows it.
+    assert main(["logs", "-f", "tiny"]) == 0
     assert "2 (baseline)" in capsys.readouterr().out
+    assert main(["cancel", job]) == 0
+    assert capsys.readouterr().out == f"job {job}: had ended already\n"
+
+
+def test_the_cluster_is_examined_node_by_node(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a job, which asks on the head; gloo adds up in two processes of the one node."""
+    monkeypatch.chdir(done.folder)
+    monkeypatch.setenv("RAY_ADDRESS", done.cluster)
+    assert main(["doctor", "--cluster", "--json"]) == 0
+    printed = capsys.readouterr().out
+    checks = {check["name"]: check for check in json.loads(printed[printed.index("[\n") :])}
+    expected = ("nodes", "versions", "GPUs", "store", "clocks", "caches", "all-reduce (gloo)")
+    assert {name: checks[name]["status"] for name in expected} == dict.fromkeys(expected, "ok")
+    assert "2 ranks on 1 nodes" in checks["all-reduce (gloo)"]["found"]
+    assert not list((done.home / "storage" / "doctor").iterdir())
 
 
 def test_only_failed_trials_are_retried(

@@ -1,4 +1,4 @@
-"""`knet doctor`: what on this machine would stop a run, and the mend. Changes nothing."""
+"""`knet doctor`: what on this machine or cluster would stop a run, and the mend."""
 
 import argparse
 import dataclasses
@@ -11,12 +11,12 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
+from knet_platform.checks import Check, disk_status
+from knet_platform.cluster import prepare_environment
 from knet_platform.errors import StorageError
 from knet_platform.home import (
     UNTRACKED,
@@ -32,39 +32,56 @@ EXAMPLES = """\
 examples:
   knet doctor
   knet doctor --json
-  RAY_ADDRESS=http://10.0.0.5:8265 RAY_AUTH_MODE=token knet doctor"""
+  RAY_ADDRESS=http://10.0.0.5:8265 RAY_AUTH_MODE=token knet doctor --cluster
+
+With --cluster the same is asked on the head, and every node is: versions, GPUs, an all-reduce
+between them, the store, clocks and the cache's disk. Nothing is left behind."""
 
 TIMEOUT = 3.0
 """Seconds to wait for any one server."""
-LITTLE_DISK, NO_DISK = 10.0, 1.0
-"""GiB free below which a checkpointed sweep may, or will, run out."""
-
-Status = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One line of the diagnosis."""
-
-    name: str
-    status: Status
-    found: str
-    mend: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    parser.add_argument(
+        "--cluster", action="store_true", help="ask every node of the cluster of RAY_ADDRESS"
+    )
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every check; exit code 2 if one would stop a run."""
+    if args.cluster and _is_dashboard(os.environ.get("RAY_ADDRESS")):
+        return _as_job(args)
     checks = list(fast_checks())
+    if args.cluster:
+        prepare_environment()
+        from knet_platform.cluster.diagnosis import cluster_checks
+
+        checks += cluster_checks(storage_uri(), knet_home())
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
         _show(checks)
     return 2 if any(check.status == "fail" for check in checks) else 0
+
+
+def _is_dashboard(address: str | None) -> bool:
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def _as_job(args: argparse.Namespace) -> int:
+    """Ask on the head, which reaches nodes that this machine cannot."""
+    prepare_environment()
+    from knet_platform.cli.submit import runtime_env
+    from knet_platform.cluster.jobs import Jobs
+
+    words = ["python", "-m", "knet_platform.cli.main", "doctor", "--cluster"]
+    jobs = Jobs()
+    job = jobs.submit(" ".join(words + ["--json"] * args.json), runtime_env(), {})
+    for text in jobs.follow(job):
+        print(text, end="", flush=True)
+    return jobs.exit_code(job)
 
 
 def fast_checks() -> Iterator[Check]:
@@ -145,7 +162,7 @@ def _home() -> Iterator[Check]:
             mend="export KNET_HOME=<a folder of yours>",
         )
     free = shutil.disk_usage(existing).free / 2**30
-    status: Status = "ok" if free >= LITTLE_DISK else "warn" if free >= NO_DISK else "fail"
+    status = disk_status(free)
     mend = "" if status == "ok" else "free some, or point KNET_HOME at a larger disk"
     yield Check(name="disk", status=status, found=f"{free:.0f} GiB free", mend=mend)
 

@@ -29,7 +29,9 @@ def test_the_image_is_closed_pinned_and_not_roots() -> None:
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-", text, re.MULTILINE)
     last = text.rpartition("FROM ")[2]
     # What changes with every commit is copied after what takes minutes to install.
-    assert last.index("COPY requirements.lock") < last.index("/wheels") < last.index("COPY --chown")
+    assert (
+        last.index("COPY requirements.lock") < last.index("/wheels") < last.index("COPY --chown")
+    )
     ignored = (IMAGE / "Dockerfile.dockerignore").read_text().splitlines()
     assert ignored[1] == "*"  # only what is named goes in
     for name in re.findall(r"^COPY (?!-)(.+) \S+$", text, re.MULTILINE):
