@@ -46,8 +46,10 @@ if TYPE_CHECKING:
         data_fingerprint,
         data_home,
         image_batch,
+        is_address,
         load_image,
         make_shapes,
+        served_from,
     )
     from knet_core.data.check import check_data
     from knet_core.data.check_report import CHECK_ERRORS, CHECK_WARNINGS, CheckReport, Finding
@@ -123,6 +125,7 @@ _LAZY = {
     "fit": "knet_core.engine",
     "image_batch": "knet_core.data",
     "import_official": "knet_core.official",
+    "is_address": "knet_core.data",
     "keep_freed_memory": "knet_core.inference",
     "load_image": "knet_core.data",
     "load_model": "knet_core.checkpoint",
@@ -141,6 +144,7 @@ _LAZY = {
     "predict_stages": "knet_core.prediction",
     "prepare_for_inference": "knet_core.inference",
     "read_state": "knet_core.checkpoint_state",
+    "served_from": "knet_core.data",
     "score_instances": "knet_core.scoring.instances",
     "score_panoptic": "knet_core.scoring.panoptic",
     "score_semantic": "knet_core.scoring.semantic",
@@ -210,6 +214,7 @@ __all__ = [
     "fit",
     "image_batch",
     "import_official",
+    "is_address",
     "keep_freed_memory",
     "load_image",
     "load_model",
@@ -228,6 +233,7 @@ __all__ = [
     "score_instances",
     "score_panoptic",
     "score_semantic",
+    "served_from",
     "verify_checkpoint",
     "write_coco",
 ]

@@ -224,7 +224,8 @@ class DataConfig:
     format: DataFormat = "coco"
     root: str = "coco"
     """Folder of the data set; a relative path lies below `KNET_DATA`, else
-    `DETECTRON2_DATASETS`, else the working folder."""
+    `DETECTRON2_DATASETS`, else the working folder. An address, s3://bucket/prefix or
+    file:///folder, is fetched once to every machine that trains."""
     train: SplitConfig = SplitConfig(
         images=("train2017", "train", "images/train"),
         annotations=(

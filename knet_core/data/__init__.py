@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from knet_core.data.paths import DATA_HOMES, data_fingerprint, data_home, resolve_root
+from knet_core.data.storage import is_address, served_from
 
 if TYPE_CHECKING:
     from knet_core.data.dataset import Sample, SegmentationDataset, build_dataset, collate
@@ -42,9 +43,11 @@ __all__ = [
     "data_home",
     "eval_loader",
     "image_batch",
+    "is_address",
     "load_image",
     "make_shapes",
     "resolve_root",
+    "served_from",
     "train_loader",
 ]
 

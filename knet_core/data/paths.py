@@ -1,15 +1,14 @@
 """Where a data set's files lie, and what identifies their content. Loads no torch."""
 
-import functools
 import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from knet_core.config import DataConfig
-from knet_core.data.storage import refuse_remote
+from knet_core.data.storage import FolderFiles, SetFiles, is_address, served_folder
 from knet_core.errors import DataError
 
 Split = Literal["train", "val"]
@@ -45,9 +44,10 @@ def resolve_root(config: DataConfig) -> Path:
     """Return the absolute folder that `data.root` names; a relative one lies below `data_home()`.
 
     Raises:
-        DataError: The folder does not exist.
+        DataError: The folder does not exist, or the root is an address that nobody has fetched.
     """
-    refuse_remote(config.root)
+    if is_address(config.root):
+        return served_folder(config.root)
     root = (data_home() / Path(config.root).expanduser()).resolve()
     if not root.is_dir():
         homes = ", ".join(f"{name}={os.environ.get(name, 'not set')}" for name in DATA_HOMES)
@@ -67,13 +67,17 @@ def find_split(config: DataConfig, split: Split) -> SplitFiles:
         DataError: The root, every image folder or all annotations are missing.
     """
     root = resolve_root(config)
+    images, annotations = _find(config, split, FolderFiles(root), str(root))
+    return SplitFiles(root=root, images=root / images, annotations=root / annotations)
+
+
+def _find(config: DataConfig, split: Split, files: SetFiles, root: str) -> tuple[str, str]:
+    """Return the names of one split's images and annotations."""
     candidates = config.train if split == "train" else config.val
-    images = next((root / name for name in candidates.images if (root / name).is_dir()), None)
     kind = "folder" if config.format in _MAPS else "file"
-    exists = Path.is_dir if kind == "folder" else Path.is_file
-    annotations = next(
-        (root / name for name in candidates.annotations if exists(root / name)), None
-    )
+    exists = files.is_dir if kind == "folder" else files.is_file
+    images = next(filter(files.is_dir, candidates.images), None)
+    annotations = next(filter(exists, candidates.annotations), None)
     missing = []
     if annotations is None:
         line = _nothing_of("annotations", kind, split, root, candidates.annotations)
@@ -84,10 +88,10 @@ def find_split(config: DataConfig, split: Split) -> SplitFiles:
         missing.append(_nothing_of("images", "folder", split, root, candidates.images))
     if annotations is None or images is None:
         raise DataError("\n".join(missing))
-    return SplitFiles(root=root, images=images, annotations=annotations)
+    return images, annotations
 
 
-def data_fingerprint(config: DataConfig) -> str:
+def data_fingerprint(config: DataConfig, files: SetFiles | None = None) -> str:
     """Return 64 hex digits that change whenever either split's annotations change.
 
     The same on every machine: times of files do not count. Synthetic shapes are identified by
@@ -96,47 +100,51 @@ def data_fingerprint(config: DataConfig) -> str:
     PNG ends with the checksum of its pixels. The segments of a panoptic JSON file state area and
     box of each, so of their PNGs only names and sizes are taken.
 
+    Args:
+        config: The data set.
+        files: Where its files are looked up; unset: in the folder of its root.
+
     Raises:
         DataError: A file of the data set is missing.
     """
     if config.format == "shapes":
         parameters = json.dumps(asdict(config.shapes), sort_keys=True)
         return hashlib.sha256(f"shapes {parameters}".encode()).hexdigest()
+    root = config.root
+    if files is None:
+        folder = resolve_root(config)
+        files, root = FolderFiles(folder), str(folder)
     digest = hashlib.sha256(config.format.encode())
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
-        annotations = find_split(config, split).annotations
+        _, annotations = _find(config, split, files, root)
         if config.format in _MAPS:
-            _add_folder(digest, annotations, _MAPS[config.format], tail=_PNG_TAIL)
+            _add_folder(digest, files, annotations, _MAPS[config.format], tail=_PNG_TAIL)
             continue
-        stat = annotations.stat()
-        digest.update(_file_digest(annotations, stat.st_size, stat.st_mtime_ns))
+        digest.update(files.digest(annotations))
         if config.format == "coco_panoptic":
-            _add_folder(digest, annotations.with_suffix(""), "*.png", tail=0)
-    names = resolve_root(config) / CLASSES_FILE
-    if config.format == "ade20k" and not config.classes and names.is_file():
-        digest.update(names.read_bytes())
+            maps = PurePosixPath(annotations).with_suffix("").as_posix()
+            _add_folder(digest, files, maps, "*.png", tail=0)
+    if config.format == "ade20k" and not config.classes and files.is_file(CLASSES_FILE):
+        digest.update(files.read(CLASSES_FILE))
     return digest.hexdigest()
 
 
-def _add_folder(digest: "hashlib._Hash", folder: Path, pattern: str, *, tail: int) -> None:
+def _add_folder(
+    digest: "hashlib._Hash", files: SetFiles, folder: str, pattern: str, *, tail: int
+) -> None:
     """Add name, size and the last `tail` bytes of every matching file in a folder."""
-    for path in sorted(folder.glob(pattern)):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        if tail:
-            with path.open("rb") as file:
-                file.seek(-min(tail, path.stat().st_size), os.SEEK_END)
-                digest.update(file.read())
+    sizes = files.sizes(folder, pattern)
+    names = sorted(sizes, key=lambda name: name.split("/"))
+    tails = (
+        files.tails([f"{folder}/{name}" for name in names], tail) if tail else [b""] * len(names)
+    )
+    for name, end in zip(names, tails, strict=True):
+        digest.update(f"{name.rpartition('/')[2]} {sizes[name]} ".encode())
+        digest.update(end)
 
 
-@functools.lru_cache(maxsize=16)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> bytes:
-    """Hash a file once per content; a sweep asks for the same file in every trial."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _nothing_of(key: str, kind: str, split: Split, root: Path, candidates: tuple[str, ...]) -> str:
+def _nothing_of(key: str, kind: str, split: Split, root: str, candidates: tuple[str, ...]) -> str:
     return (
         f"data.{split}.{key}: no {kind} found below {root}; looked for {', '.join(candidates)}; "
         f"add one of them or set data.{split}.{key}"

@@ -33,6 +33,10 @@ class TrialJob:
 
     trial_hash: str
     recipe: dict[str, Any]
+    data_fingerprint: str
+    """Of the data set when the trial was planned."""
+    cache: dict[str, Any]
+    """Where workers keep a data set that they fetch: `folder` and `gb`, see `staging.Cache`."""
     store_uri: str
     run_id: str
     """The run of the sweep that started the trial; see `attempts`."""

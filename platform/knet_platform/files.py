@@ -158,18 +158,28 @@ class LocalFiles:
         """See `Files`; it is the folder itself."""
         yield self._root / folder
 
-    @contextmanager
-    def _explained(self, name: str, verb: str) -> Iterator[None]:
-        where = f"{self.uri}/{name}"
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(f"{where}: no space left; free some and run again") from error
-            raise StorageError(
-                f"{where}: cannot {verb} ({error.strerror or error}); "
-                f"check KNET_STORAGE and its permissions"
-            ) from error
+    def _explained(self, name: str, verb: str) -> AbstractContextManager[None]:
+        return disk_explained(f"{self.uri}/{name}", verb, "KNET_STORAGE")
+
+
+@contextmanager
+def disk_explained(where: str, verb: str, setting: str) -> Iterator[None]:
+    """Turn what the system raises about a local path into one line that names what to check.
+
+    Args:
+        where: The path.
+        verb: What failed.
+        setting: What led there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{where}: no space left; free some and run again") from error
+        raise StorageError(
+            f"{where}: cannot {verb} ({error.strerror or error}); "
+            f"check {setting} and its permissions"
+        ) from error
 
 
 def _unfinished(target: Path) -> Path:

@@ -1,5 +1,9 @@
-"""Where state is kept: `KNET_HOME`, `KNET_STORAGE` and `MLFLOW_TRACKING_URI`, read here only."""
+"""Where state is kept: `KNET_HOME`, `KNET_STORAGE`, `KNET_CACHE` and `MLFLOW_TRACKING_URI`.
 
+They are read here only.
+"""
+
+import math
 import os
 from pathlib import Path
 
@@ -36,6 +40,30 @@ def storage_uri() -> str:
     if not storage:
         return str(knet_home() / "storage")
     return storage.rstrip("/") if "://" in storage else str(Path(storage).expanduser().absolute())
+
+
+def cache_folder() -> Path:
+    """Return the absolute folder of fetched data sets; it need not exist yet."""
+    folder = os.environ.get("KNET_CACHE")
+    return Path(folder).expanduser().absolute() if folder else knet_home() / "cache"
+
+
+def cache_gb() -> float | None:
+    """Return how much fetched data sets may take, in GB; None: most of the disk's free space.
+
+    Raises:
+        UsageError: `KNET_CACHE_GB` is no size.
+    """
+    text = os.environ.get("KNET_CACHE_GB")
+    if not text:
+        return None
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UsageError(f"KNET_CACHE_GB: got '{text}', expected a size in GB such as 200")
+    return size
 
 
 def tracking_uri() -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from knet_core import ModelConfig, Recipe, data_home
+from knet_core import ModelConfig, Recipe, data_home, is_address
 from knet_platform.planning import Trial
+from knet_platform.staging import num_train_images
 from knet_platform.sweep_file import Resources
 
 # Forward pass of K-Net R50 at 800 x 1216, in GFLOP, counted part by part (docs of the paper's
@@ -214,6 +215,8 @@ def _num_train_images(recipe: Recipe) -> int | None:
     data = recipe.data
     if data.format == "shapes":
         return data.shapes.num_train
+    if is_address(data.root):
+        return num_train_images(data)
     root = data_home() / data.root
     folder = next((root / name for name in data.train.images if (root / name).is_dir()), None)
     # An empty folder: the images are on the machines that will train.

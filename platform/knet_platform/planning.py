@@ -2,7 +2,7 @@
 
 A trial is known by the hash of everything that can change its result (`identity`). So the same run
 in two sweeps is one trial, and a finished trial is never run again. Loads no torch, Ray or MLflow;
-writes nothing.
+writes nothing but, of data behind an address, the annotations into the cache.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knet_core import ConfigError, DataConfig, Recipe, data_fingerprint
+from knet_core import ConfigError, DataConfig, Recipe
 from knet_platform.config import (
     COMMAND_LINE,
     Layer,
@@ -29,6 +29,7 @@ from knet_platform.config import (
 from knet_platform.errors import PlatformError
 from knet_platform.identity import digest, same_run, trial_hash
 from knet_platform.search import Search, SearchSpec, arm_name, ends
+from knet_platform.staging import fingerprint
 from knet_platform.sweep_file import (
     SCALE_KEYS,
     Arm,
@@ -256,7 +257,7 @@ def make_trials(
     trials = []
     for seed, (arm, recipe) in itertools.product(seeds, recipes.items()):
         if recipe.data not in fingerprints:
-            fingerprints[recipe.data] = data_fingerprint(recipe.data)
+            fingerprints[recipe.data] = fingerprint(recipe.data)
         seeded = dataclasses.replace(recipe, seed=seed)
         trials.append(
             Trial(
@@ -389,7 +390,7 @@ def _with_id(search: Search, metric: Metric, seed: int) -> Search:
     """Return the search under its id, which holds on every machine as a trial's hash does."""
     recipe = dataclasses.replace(resolve((*search.below, *search.above)), seed=seed)
     space = {key: [item.kind, *item.values] for key, item in search.spec.space.items()}
-    base = trial_hash(recipe, data_fingerprint(recipe.data))
+    base = trial_hash(recipe, fingerprint(recipe.data))
     judged = [metric.name, metric.mode]
     return dataclasses.replace(search, id=digest(base, space, search.spec.seed, judged))
 

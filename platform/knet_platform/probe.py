@@ -13,6 +13,7 @@ from knet_platform.errors import UsageError
 from knet_platform.forecast import Probe
 from knet_platform.pace import PROCESS_GB
 from knet_platform.planning import Sweep
+from knet_platform.staging import fingerprint, staged
 from knet_platform.sweep_file import Resources
 
 WARM_UP = 2
@@ -67,7 +68,11 @@ def _probe(recipe: Recipe, resources: Resources) -> Probe:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     watch = _Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="knet-probe-") as folder, suppress(_EnoughError):
+    with (
+        staged(recipe.data, expected=fingerprint(recipe.data)),
+        tempfile.TemporaryDirectory(prefix="knet-probe-") as folder,
+        suppress(_EnoughError),
+    ):
         fit(
             _shortened(recipe, resources),
             callbacks=[watch],

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import knet_core
-from knet_core import Recipe, data_fingerprint, data_home
+from knet_core import Recipe, data_home, is_address
 from knet_platform.identity import code_digest
 from knet_platform.redaction import clean_command
 from knet_platform.source import Source
+from knet_platform.staging import fingerprint
 
 PACKAGES = (
     *("boto3", "faster-coco-eval", "jinja2", "mlflow", "numpy", "nvidia-ml-py", "omegaconf"),
@@ -95,7 +96,7 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
     return Provenance(
         recipe=with_absolute_root(recipe).to_dict(),
         workers=workers,
-        data_fingerprint=data_fingerprint(recipe.data),
+        data_fingerprint=fingerprint(recipe.data),
         code_digest=code_digest(),
         code_files=dict(files),
         evaluation_digest=_evaluation_digest(files, versions),
@@ -114,6 +115,8 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
 
 def with_absolute_root(recipe: Recipe) -> Recipe:
     """Return the recipe with its data's folder as other processes need it, who run elsewhere."""
+    if is_address(recipe.data.root):
+        return recipe
     root = (data_home() / Path(recipe.data.root).expanduser()).absolute()
     return replace(recipe, data=replace(recipe.data, root=str(root)))
 

@@ -32,13 +32,19 @@ _ADVICE = {
     "s3:DeleteObject there",
     "403": "allow these credentials s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject "
     "there",
+    "PreconditionFailed": "it was replaced meanwhile: run again",
 }
 _MISSING = frozenset({"NoSuchKey", "404"})
 
 
-def open_client() -> Any:
-    """Return a client of its own, which threads may share."""
+def open_client(connections: int = 10) -> Any:
+    """Return a client of its own, which threads may share.
+
+    Args:
+        connections: Most requests at a time; others wait.
+    """
     config = Config(
+        max_pool_connections=connections,
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         connect_timeout=10,
         read_timeout=60,

@@ -25,6 +25,7 @@ from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
 from knet_platform.forecast import look_up
+from knet_platform.home import cache_folder, cache_gb
 from knet_platform.locks import sweep_lock
 from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
@@ -250,12 +251,15 @@ class _Tune:
         folder = self._store.trial(trial.hash)
         self._bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
         folder.clear_pruned()
-        if folder.provenance() is None:
+        provenance = folder.provenance()
+        if provenance is None:
             provenance = capture(trial.recipe, workers=resources.workers, source=self._source)
             folder.write_provenance(provenance, self._source.patch)
         job = TrialJob(
             trial_hash=trial.hash,
             recipe=with_absolute_root(trial.recipe).to_dict(),
+            data_fingerprint=provenance.data_fingerprint,
+            cache={"folder": str(cache_folder()), "gb": cache_gb()},
             store_uri=self._store.uri,
             run_id=run_id,
             workers=resources.workers,

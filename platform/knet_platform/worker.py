@@ -20,6 +20,7 @@ from knet_platform.checkpoints import Retention, step_of
 from knet_platform.notices import Notices
 from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
+from knet_platform.staging import Cache, staged
 from knet_platform.storage import FAILURES, Evaluation, Failure, Store, TrialStore
 from knet_platform.watchdog import Watchdog
 
@@ -30,12 +31,21 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
     """Train one trial's share, from its newest checkpoint.
 
     Args:
-        config: `recipe` (plain values), `store_uri`, `trial_hash`, `run_id`, `attempt`,
-            `images_at_once` (None: as the recipe asks), `retention` and `hang_minutes`.
+        config: `recipe` (plain values), `data_fingerprint`, `cache`, `store_uri`, `trial_hash`,
+            `run_id`, `attempt`, `images_at_once` (None: as the recipe asks), `retention` and
+            `hang_minutes`.
 
     Returns:
         The device's name, and whether the trial came to its end.
     """
+    recipe = Recipe.from_dict(config["recipe"])
+    cache = Cache(Path(config["cache"]["folder"]), config["cache"]["gb"])
+    # Before workers wait for each other, which torch does for minutes only.
+    with staged(recipe.data, cache=cache, expected=config["data_fingerprint"]):
+        return _train(recipe, config)
+
+
+def _train(recipe: Recipe, config: dict[str, Any]) -> tuple[str, bool]:
     import torch
     from ray.train.torch import get_device
 
@@ -44,7 +54,6 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
     run_id, trial_hash = config["run_id"], config["trial_hash"]
     everything = Store(config["store_uri"])
     store = everything.trial(trial_hash)
-    recipe = Recipe.from_dict(config["recipe"])
     rank = ray.train.get_context().get_world_rank()
     resumed, damaged = ray.train.collective.broadcast_from_rank_zero(
         _starting_point(store, config["attempt"]) if rank == 0 else (None, [])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from knet_core import CHECK_ERRORS, CHECK_WARNINGS, DataError
 from knet_platform.errors import UsageError
+from knet_platform.staging import staged
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +89,7 @@ def run_check(args: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{option}: no folder {path.parent}; make it, or name another file")
     recipe = resolve(override_layers([f"data={args.data}", *args.overrides]))
-    with progress_bar("checking") as advance:
+    with staged(recipe.data, verify=True), progress_bar("checking") as advance:
         report = check_data(
             recipe.data,
             task=args.task,

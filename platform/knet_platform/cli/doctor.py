@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from knet_platform.checks import Check, disk_status
 from knet_platform.cluster import prepare_environment
-from knet_platform.errors import StorageError
+from knet_platform.errors import StorageError, UsageError
 from knet_platform.home import (
     UNTRACKED,
     is_writable,
@@ -96,6 +96,7 @@ def fast_checks() -> Iterator[Check]:
     yield _tracking(tracking_uri())
     yield from _unsent()
     yield _data()
+    yield _cache()
 
 
 def _python() -> Check:
@@ -277,6 +278,30 @@ def _data() -> Check:
         return Check(name=name, status="ok", found=str(folder))
     mend = f"export {name}=<the folder that holds the data sets>"
     return Check(name=name, status="fail", found=f"{folder}: no such folder", mend=mend)
+
+
+def _cache() -> Check:
+    """Say what fetched data sets take, and how much of it is still on its way."""
+    from knet_platform.staging import Cache
+
+    name = "cache"
+    try:
+        cache = Cache.in_use()
+    except UsageError as error:
+        return Check(name=name, status="fail", found=str(error), mend="correct or unset it")
+    used, states, pending = cache.used(), cache.states(), cache.pending()
+    limit = cache.limit(used)
+    whole = sum(state.complete for state in states)
+    found = (
+        f"{cache.folder}: {used / 1e9:.1f} of {limit / 1e9:.1f} GB, {whole} of {len(states)} data "
+        f"sets whole"
+    )
+    if pending:
+        found += f", {pending / 1e9:.1f} GB on their way"
+    if disk_status((limit - used) / 2**30) != "ok":
+        mend = "nothing, if data sets lie in folders; else point KNET_CACHE at a larger disk"
+        return Check(name=name, status="warn", found=found, mend=mend)
+    return Check(name=name, status="ok", found=found)
 
 
 def _show(checks: list[Check]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from knet_core import CheckpointError
 from knet_platform.cli.inference import (
@@ -16,6 +17,10 @@ from knet_platform.cli.inference import (
     refused_overrides,
 )
 from knet_platform.errors import UsageError
+from knet_platform.staging import staged
+
+if TYPE_CHECKING:
+    from knet_core import CheckpointState, Recipe
 
 EXAMPLES = """\
 examples:
@@ -70,19 +75,7 @@ def run(args: argparse.Namespace) -> int:
             folder for the picture, the folder for predictions exists, or a semantic model is
             asked for its instance kernels.
     """
-    from knet_core import (
-        ResultWriter,
-        build_dataset,
-        draw_kernel_maps,
-        evaluate,
-        keep_freed_memory,
-        load_model,
-        mean_activations,
-        new_folder,
-        prepare_for_inference,
-        read_state,
-    )
-    from knet_platform.cli.output import progress_bar, show_metrics, status
+    from knet_core import read_state
     from knet_platform.config import load_recipe
 
     if problems := refused_overrides(args.overrides):
@@ -99,6 +92,24 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(
         args.checkpoint / "recipe.yaml", overrides=[f"data={args.data}", *args.overrides]
     )
+    with staged(recipe.data):
+        return _evaluate(args, recipe, state)
+
+
+def _evaluate(args: argparse.Namespace, recipe: "Recipe", state: "CheckpointState") -> int:
+    from knet_core import (
+        ResultWriter,
+        build_dataset,
+        draw_kernel_maps,
+        evaluate,
+        keep_freed_memory,
+        load_model,
+        mean_activations,
+        new_folder,
+        prepare_for_inference,
+    )
+    from knet_platform.cli.output import progress_bar, show_metrics, status
+
     dataset = build_dataset(recipe.data, "val", seed=recipe.seed, task=recipe.model.task)
     if args.kernel_maps is not None and recipe.model.task == "semantic":
         raise UsageError(

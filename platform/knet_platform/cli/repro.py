@@ -18,6 +18,7 @@ from knet_core import Recipe
 from knet_platform.cli.diff import Comparison, compare, show
 from knet_platform.cli.runs import NAMES, RecordedRun, add_sweep_arguments, run_finder
 from knet_platform.errors import TrialsFailedError, UsageError
+from knet_platform.home import cache_folder
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.storage import Store
 
@@ -41,7 +42,10 @@ _ARM = "repro"
 _FINGERPRINT = """\
 import json, sys
 from knet_core import Recipe, data_fingerprint
-print(data_fingerprint(Recipe.from_dict(json.load(sys.stdin)).data))"""
+data = Recipe.from_dict(json.load(sys.stdin)).data
+if "://" in data.root:  # not in code that is older
+    from knet_platform.staging import fingerprint as data_fingerprint
+print(data_fingerprint(data))"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +211,7 @@ def _steps(recorded: RecordedRun, work: Path) -> list[_Step]:
     environment = {
         "PYTHONPATH": os.pathsep.join((str(code), str(code / "platform"))),
         "KNET_HOME": str(work / "state"),
+        "KNET_CACHE": str(cache_folder()),
     }
     if provenance.threads is not None:
         environment["OMP_NUM_THREADS"] = str(provenance.threads)

@@ -15,8 +15,8 @@ from knet_platform.cli import run as run_verb
 from knet_platform.cli.sweeps import load_priced_sweep
 from knet_platform.cluster import prepare_environment
 from knet_platform.config import read_yaml
-from knet_platform.errors import UsageError
-from knet_platform.home import knet_home, storage_uri
+from knet_platform.errors import StorageError, UsageError
+from knet_platform.home import cache_folder, knet_home, storage_uri
 from knet_platform.source import read_source
 
 EXAMPLES = """\
@@ -24,7 +24,7 @@ examples:
   knet submit sweeps/stages.yaml --scale laptop
   RAY_ADDRESS=http://10.0.0.5:8265 RAY_AUTH_MODE=token knet submit sweeps/stages.yaml
 
-From the project's folder. The job gets KNET_HOME, KNET_DATA, KNET_STORAGE and
+From the project's folder. The job gets KNET_HOME, KNET_DATA, KNET_STORAGE, KNET_CACHE and
 MLFLOW_TRACKING_URI as they are here, so name folders as the cluster sees them; credentials stay
 here, the cluster has its own. Submitting the same again continues an interrupted sweep."""
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Submit, follow, and return the job's exit code."""
     sweep = _inside(args.sweep)
     # What is wrong with the sweep is better said here and now than in a job's log.
-    with suppress(DataError):  # the data may lie where only the cluster sees it
+    # The data may lie where only the cluster sees it, or be behind credentials that it has.
+    with suppress(DataError, StorageError):
         load_priced_sweep(args)
     prepare_environment()
     from knet_platform.cluster.jobs import SWEEP, Jobs, require_small
@@ -70,7 +71,7 @@ def runtime_env() -> dict[str, Any]:
         "KNET_HOME": str(knet_home()),
         "KNET_DATA": str(data_home().absolute()),
     } | read_source().as_environment()
-    for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI"):
+    for name in ("KNET_STORAGE", "KNET_CACHE", "KNET_CACHE_GB", "MLFLOW_TRACKING_URI"):
         if value := os.environ.get(name):
             settings[name] = value
     packages = [Path(str(package.__file__)).parent for package in (knet_core, knet_platform)]
@@ -88,7 +89,7 @@ def runtime_env() -> dict[str, Any]:
 
 def _state_folders(here: Path) -> list[str]:
     """Return the folders of state and data below `here`; the job uses them where they are."""
-    folders = [knet_home(), Path(storage_uri()), data_home()]
+    folders = [knet_home(), cache_folder(), Path(storage_uri()), data_home()]
     below = [folder.absolute() for folder in folders if folder.absolute().is_relative_to(here)]
     return [f"/{folder.relative_to(here)}" for folder in below if folder != here]
 

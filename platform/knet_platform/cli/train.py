@@ -19,6 +19,7 @@ from knet_platform.home import knet_home, require_writable, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.planning import Sweep, Trial
+from knet_platform.staging import fingerprint, staged
 from knet_platform.storage import Store
 from knet_platform.sweep_file import Budget, Metric, Resources
 
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(
         args.recipe, scale=_scale(args.recipe, args.scale), overrides=args.overrides
     )
-    from knet_core import data_fingerprint, fit, keep_freed_memory
+    from knet_core import fit, keep_freed_memory
     from knet_platform.cli.output import progress_bar, show_metrics
     from knet_platform.tracking import open_tracker
 
-    sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, data_fingerprint(recipe.data)))
+    identity = fingerprint(recipe.data)
+    sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, identity))
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
     for folder in (knet_home(), output):
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     terminated = Event()
     with (
+        staged(recipe.data, expected=identity),
         _tracked(tracker, sweep),
         _termination_noted(terminated),
         progress_bar(sweep.name) as advance,
