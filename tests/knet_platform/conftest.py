@@ -1,12 +1,19 @@
 """What a finished trial leaves, for tests that need no training."""
 
-from collections.abc import Callable
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from knet_platform.storage import TrialResult
+
+Meddle = Callable[[str, int], bytes | None]
+"""See `Proxy`."""
 
 _RESULT = TrialResult(
     trial_hash="",
@@ -31,3 +38,76 @@ def finished() -> Callable[..., TrialResult]:
         return replace(_RESULT, trial_hash=trial_hash, **changes)
 
     return make
+
+
+class Proxy:
+    """Stands before a server and, once told so, answers or cuts what passes.
+
+    Args:
+        target: Host and port of the server.
+        meddle: Takes a request's first line and how many came before; returns bytes to answer
+            in the server's place (none: the connection just ends), None to pass it on.
+    """
+
+    def __init__(self, target: tuple[str, int], meddle: Meddle) -> None:
+        self._target, self._meddle = target, meddle
+        self._count = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            data = client.recv(65536)
+            if not data:
+                return
+            answer = self._meddle(data.split(b"\r\n", 1)[0].decode(), self._count)
+            self._count += 1
+            if answer is not None:
+                client.sendall(answer)
+                return
+            data = data.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+            with socket.create_connection(self._target) as server:
+                server.sendall(data)
+                back = threading.Thread(target=_pump, args=(server, client), daemon=True)
+                back.start()
+                _pump(client, server)
+                back.join()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+@pytest.fixture
+def before_s3(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Meddle], AbstractContextManager[None]]:
+    """Return a function that puts a meddling `Proxy` before the S3 server for a block."""
+
+    @contextmanager
+    def meddled(meddle: Meddle) -> Iterator[None]:
+        host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
+        proxy = Proxy((host, int(port)), meddle)
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            yield
+        proxy.close()
+
+    return meddled

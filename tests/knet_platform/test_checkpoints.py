@@ -4,11 +4,8 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,71 +165,8 @@ Store(sys.argv[1]).trial("ab").checkpoints.put(Path(sys.argv[2]))
 """
 
 
-class Proxy:
-    """Stands before a server and, once told so, answers or cuts what passes.
-
-    Args:
-        target: Host and port of the server.
-        meddle: Takes a request's first line and how many came before; returns bytes to answer
-            in the server's place, None to pass it on. `cut` ends the connection.
-    """
-
-    cut = b""
-
-    def __init__(self, target: tuple[str, int], meddle) -> None:
-        self._target, self._meddle = target, meddle
-        self._count = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            data = client.recv(65536)
-            if not data:
-                return
-            answer = self._meddle(data.split(b"\r\n", 1)[0].decode(), self._count)
-            self._count += 1
-            if answer is not None:
-                client.sendall(answer)
-                return
-            data = data.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
-            with socket.create_connection(self._target) as server:
-                server.sendall(data)
-                back = threading.Thread(target=_pump, args=(server, client), daemon=True)
-                back.start()
-                _pump(client, server)
-                back.join()
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    try:
-        while data := source.recv(65536):
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
-
-
-@contextmanager
-def before_s3(monkeypatch, meddle):
-    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
-    proxy = Proxy((host, int(port)), meddle)
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield
-    proxy.close()
+CUT = b""
+"""Ends a connection, see `before_s3`."""
 
 
 def answer(status: str, code: str = "") -> bytes:
@@ -242,8 +176,8 @@ def answer(status: str, code: str = "") -> bytes:
     ).encode()
 
 
-@pytest.mark.parametrize("fault", [answer("500 Error"), answer("503 Slow Down"), Proxy.cut])
-def test_passing_faults_of_s3_are_sat_out(s3_uri, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [answer("500 Error"), answer("503 Slow Down"), CUT])
+def test_passing_faults_of_s3_are_sat_out(s3_uri, tmp_path, before_s3, fault):
     told = []
 
     def meddle(line: str, count: int) -> bytes | None:
@@ -253,16 +187,14 @@ def test_passing_faults_of_s3_are_sat_out(s3_uri, tmp_path, monkeypatch, fault):
         return None
 
     source = make(tmp_path, 5, size=40 * 2**20)
-    with before_s3(monkeypatch, meddle):
+    with before_s3(meddle):
         trial = Store(f"{s3_uri}/{tmp_path.name}").trial("ab")
         trial.checkpoints.put(source)
         assert len(told) == 3
         assert trial.checkpoints.newest_undamaged() == ("checkpoint_5", [])
 
 
-def test_an_upload_that_is_killed_between_files_leaves_the_one_before(
-    s3_uri, tmp_path, monkeypatch
-):
+def test_an_upload_that_is_killed_between_files_leaves_the_one_before(s3_uri, tmp_path, before_s3):
     uri = f"{s3_uri}/{tmp_path.name}"
     Store(uri).trial("ab").checkpoints.put(make(tmp_path, 5))
     source, processes = make(tmp_path, 10), []
@@ -270,10 +202,10 @@ def test_an_upload_that_is_killed_between_files_leaves_the_one_before(
     def meddle(line: str, count: int) -> bytes | None:
         if line.startswith("PUT") and "trainer.pt" in line:
             processes[0].send_signal(signal.SIGKILL)
-            return Proxy.cut
+            return CUT
         return None
 
-    with before_s3(monkeypatch, meddle):
+    with before_s3(meddle):
         processes.append(subprocess.Popen([sys.executable, "-c", PUT, uri, str(source)]))
         assert processes[0].wait(60) == -signal.SIGKILL
     trial = Store(uri).trial("ab")
@@ -291,8 +223,8 @@ def test_an_upload_that_is_killed_between_files_leaves_the_one_before(
         (answer("404 Not Found", "NoSuchBucket"), "create the bucket"),
     ],
 )
-def test_what_s3_refuses_is_one_line_with_the_mend(s3_uri, tmp_path, monkeypatch, fault, advice):
-    with before_s3(monkeypatch, lambda line, count: fault):
+def test_what_s3_refuses_is_one_line_with_the_mend(s3_uri, tmp_path, before_s3, fault, advice):
+    with before_s3(lambda line, count: fault):
         trial = Store(f"{s3_uri}/{tmp_path.name}").trial("ab")
         for act in (
             trial.status,
