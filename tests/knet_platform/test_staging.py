@@ -146,6 +146,7 @@ def test_a_set_is_the_same_wherever_it_is_and_planning_leaves_its_images(
     far, shapes, config, below
 ):
     far.put_all(shapes / below)
+    task = "semantic" if config.format == "ade20k" else "instance"
     here, there = replace(config, root=str(shapes / below)), replace(config, root=far.address)
     assert fingerprint(there) == fingerprint(here) == data_fingerprint(here)
     assert num_train_images(there) == 4
@@ -155,12 +156,12 @@ def test_a_set_is_the_same_wherever_it_is_and_planning_leaves_its_images(
     if config.format == "coco_panoptic":
         assert all(name.endswith(".json") for name in names)  # of maps names and sizes will do
     with pytest.raises(DataError, match="an address whose files are not here"):
-        build_dataset(there, "val", seed=0)
+        build_dataset(there, "val", seed=0, task=task)
     with staged(there, expected=fingerprint(there)):
-        dataset = build_dataset(there, "val", seed=0)
+        dataset = build_dataset(there, "val", seed=0, task=task)
         assert len(dataset) == 2
         assert dataset.load(1, epoch=0).image.equal(
-            build_dataset(here, "val", seed=0).load(1, epoch=0).image
+            build_dataset(here, "val", seed=0, task=task).load(1, epoch=0).image
         )
         assert data_fingerprint(there) == data_fingerprint(here)
     assert contents(files_of(far.address)) == contents(shapes / below)
@@ -317,7 +318,7 @@ def test_an_object_that_does_not_arrive_whole_is_never_used(
     bucket, shapes, before_s3, fault, said
 ):
     bucket.put_all(shapes)
-    name = "train/000000000001.png"
+    name = min(name for name in contents(shapes) if name.startswith("train/"))
     content, told = (shapes / name).read_bytes(), []
 
     def meddle(line: str, count: int) -> bytes | None:
@@ -404,7 +405,8 @@ def test_a_full_disk_leaves_what_has_arrived(far, shapes, monkeypatch):
         with pytest.raises(DiskFullError, match="no space left"), staged(data):
             pass
     (cached,) = Cache.in_use().sets()
-    assert (len(cached.index()), cached.is_complete()) == (3, False)
+    assert 0 < len(cached.index()) < len(contents(shapes))
+    assert not cached.is_complete()
     with staged(data):
         assert contents(cached.files) == contents(shapes)
 

@@ -193,15 +193,19 @@ def _fetch(
             return cached.settle(arrived, file, digest)
 
         with ThreadPoolExecutor(THREADS, "fetch") as pool:
-            fetched = [pool.submit(fetch, *item) for item in enumerate(missing.values())]
+            left = {pool.submit(fetch, *item) for item in enumerate(missing.values())}
             try:
-                for future in as_completed(fetched):
+                for future in as_completed(set(left)):
                     kept = future.result()
+                    left.remove(future)
                     add(kept)
                     done += kept.size
                     tell(done, total)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                for future in left:  # what has arrived meanwhile need not come again
+                    if not future.cancelled() and not future.exception():
+                        add(future.result())
                 raise
     return cached.index()
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from knet_core.config import DataConfig, ShapesConfig, SplitConfig
 from knet_core.data.paths import data_fingerprint, find_split, resolve_root
+from knet_core.data.storage import served_from
 from knet_core.errors import DataError
 
 
@@ -121,9 +122,14 @@ def test_detectron2s_variable_stands_in_for_ours(
         resolve_root(DataConfig(root="absent"))
 
 
-def test_a_root_in_an_object_store_is_refused_in_one_line() -> None:
-    with pytest.raises(
-        DataError, match=r"data\.root: s3://bucket/coco .* not built yet"
-    ) as caught:
-        resolve_root(DataConfig(root="s3://bucket/coco"))
+def test_an_address_is_read_where_it_was_fetched_to_and_refused_elsewhere(tmp_path: Path) -> None:
+    data = DataConfig(root="s3://bucket/coco")
+    with served_from(data.root, tmp_path / "outer"):
+        with served_from(data.root, tmp_path / "inner"):
+            assert resolve_root(data) == tmp_path / "inner"
+        assert resolve_root(data) == tmp_path / "outer"
+        with pytest.raises(DataError):
+            resolve_root(DataConfig(root="s3://bucket/other"))
+    with pytest.raises(DataError, match=r"data\.root: s3://bucket/coco is an address") as caught:
+        resolve_root(data)
     assert "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ arms:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI", "KNET_DATA", "RAY_ADDRESS"):
+    for name in ("KNET_STORAGE", "MLFLOW_TRACKING_URI", "KNET_DATA", "KNET_CACHE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KNET_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
