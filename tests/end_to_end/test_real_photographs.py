@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from knet_core import load_model
 from knet_platform.cli.main import main
 from knet_platform.planning import load_sweep
+from knet_platform.staging import Cache
 from knet_platform.storage import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -28,8 +29,11 @@ arms:
 """
 
 
-@pytest.mark.parametrize(("folder", "num_classes"), [("coco_mini", 80), ("nuclei", 1)])
+@pytest.mark.parametrize(
+    ("scheme", "folder", "num_classes"), [("", "coco_mini", 80), ("file://", "nuclei", 1)]
+)
 def test_a_sweep_trains_on_real_images(
+    scheme: str,
     folder: str,
     num_classes: int,
     real_data: Path,
@@ -39,14 +43,14 @@ def test_a_sweep_trains_on_real_images(
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("KNET_HOME", str(home))
-    for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
+    for name in ("KNET_STORAGE", "KNET_DATA", "KNET_CACHE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "photographs.yaml"
     file.write_text(SWEEP)
     scale = str(ROOT / "sweeps" / "scales" / "laptop.yaml")
     overrides = [
         f"data={ROOT}/sweeps/data/coco.yaml",
-        f"data.root={real_data / folder}",
+        f"data.root={scheme}{real_data / folder}",
         "train.iterations=20",
         "train.log_every=2",
         "train.eval_every=20",
@@ -63,6 +67,9 @@ def test_a_sweep_trains_on_real_images(
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"photographs", "1/0", "3/0"}
+    # Behind an address: all trials' workers share what the first of them fetched.
+    sets = [(state.address, state.complete) for state in Cache(home / "cache", None).states()]
+    assert sets == ([(sweep.trials[0].recipe.data.root, True)] if scheme else [])
     for trial in sweep.trials:
         run = runs[trial.name]
         assert run.info.status == "FINISHED"

@@ -24,10 +24,12 @@ def test_the_job_keeps_its_state_where_this_machine_keeps_it(
     project: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KNET_STORAGE", "s3://bucket/knet")
+    monkeypatch.setenv("KNET_CACHE", "/local/knet")
     settings = runtime_env()["env_vars"]
     assert settings["KNET_HOME"] == str(home)
     assert settings["KNET_DATA"] == str(project)
     assert settings["KNET_STORAGE"] == "s3://bucket/knet"
+    assert settings["KNET_CACHE"] == "/local/knet"
     assert "MLFLOW_TRACKING_URI" not in settings
 
 
