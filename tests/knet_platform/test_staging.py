@@ -471,7 +471,7 @@ def test_what_cannot_be_fetched_is_one_line_with_the_mend(s3_uri, before_s3, mon
             Cache.in_use()
 
 
-def test_what_is_fetched_is_told_to_all_who_wait(far, shapes, monkeypatch, capsys):
+def test_how_far_a_set_is_fetched_is_told(far, shapes, monkeypatch, capsys):
     monkeypatch.setattr("knet_platform.staging.stage.TELL_SECONDS", 0.0)
     far.put_all(shapes)
     with staged(DataConfig(root=far.address)):

@@ -157,7 +157,11 @@ class Cache:
 
     def used(self) -> int:
         """Return the bytes that all sets take."""
-        return sum(path.stat().st_size for path in self._objects())
+        total = 0
+        for path in self._objects():
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                total += path.stat().st_size
+        return total
 
     def limit(self, used: int) -> int:
         """Return the bytes that they may take."""
@@ -167,14 +171,16 @@ class Cache:
 
     def states(self) -> list[SetState]:
         """Return what is here, last used first."""
-        return [
-            SetState(
-                address=cached.address(),
-                bytes=sum(file.size for file in cached.index().values()),
-                complete=cached.is_complete(),
-            )
-            for cached in self.sets()
-        ]
+        found = []
+        for cached in self.sets():
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                state = SetState(
+                    address=cached.address(),
+                    bytes=sum(file.size for file in cached.index().values()),
+                    complete=cached.is_complete(),
+                )
+                found.append(state)
+        return found
 
     def object(self, digest: str) -> Path:
         """Return where a content is, or would be."""
@@ -194,7 +200,7 @@ class Cache:
         return disk_explained(str(self.folder), verb, "KNET_CACHE")
 
     def _folders(self, name: str) -> list[Path]:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             return sorted((self.folder / name).iterdir())
         return []
 
@@ -270,7 +276,7 @@ class CachedSet:
     def index(self) -> dict[str, Kept]:
         """Return the files that were fetched; whoever was killed may have left half a line."""
         found = {}
-        with suppress(FileNotFoundError, ValueError), self._index.open() as lines:
+        with suppress(FileNotFoundError, ValueError, TypeError), self._index.open() as lines:
             for line in lines:
                 kept = Kept(*json.loads(line))
                 found[kept.name] = kept
