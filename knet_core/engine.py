@@ -28,6 +28,7 @@ from knet_core.data import SegmentationDataset, build_dataset, train_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
 from knet_core.errors import CheckpointError, TrainingMemoryError
 from knet_core.evaluation import MemoryLimit, evaluate, measure_fps, stage_picture
+from knet_core.kernel_maps import draw_kernel_maps, mean_activations
 from knet_core.meter import Meter
 from knet_core.models.knet import build_model
 from knet_core.pieces import is_separable
@@ -277,6 +278,7 @@ class _Run:
                 eval_batch=eval_batch,
                 picture=picture,
                 stage_picture=self._stage_picture() if evaluates else None,
+                kernel_maps=self._kernel_maps() if evaluates else None,
             )
         return checkpoint
 
@@ -295,6 +297,7 @@ class _Run:
         eval_batch: int | None = None,
         picture: bytes | None = None,
         stage_picture: bytes | None = None,
+        kernel_maps: bytes | None = None,
     ) -> None:
         report = Report(
             step=self._step,
@@ -306,6 +309,7 @@ class _Run:
             picture=picture,
             checkpoint=checkpoint if rank() == 0 else None,
             stage_picture=stage_picture,
+            kernel_maps=kernel_maps,
         )
         self._points.clear()
         for callback in self._callbacks:
@@ -345,6 +349,21 @@ class _Run:
         if rank() != 0 or not last or not count or not model.updates:
             return None
         return stage_picture(model, self._val_set, count, device=self._device)
+
+    def _kernel_maps(self) -> bytes | None:
+        """Draw where every instance kernel looks, once training is over; all workers help."""
+        last = self._step == self._schedule.num_iterations
+        instances = self._recipe.model.task != "semantic"
+        if not last or not instances or not self._recipe.eval.probe_images:
+            return None
+        maps = mean_activations(
+            self._trainer.model,
+            self._val_set,
+            device=self._device,
+            num_workers=self._recipe.data.num_workers,
+            progress=lambda done, of: self._on_progress(),
+        )
+        return draw_kernel_maps(maps) if rank() == 0 else None
 
     def _save(self) -> Path:
         directory = self._output_dir / checkpoint_name(self._step)

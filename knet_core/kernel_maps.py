@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knet_core.data import SegmentationDataset, eval_loader
+from knet_core.distributed import mean_over_ranks, rank, world_size
 from knet_core.errors import ConfigError
 from knet_core.losses import MASK_STRIDE
 from knet_core.models.kernel_head import PyramidKernels
@@ -34,14 +35,14 @@ def mean_activations(
     """Return the mean activation of every instance kernel, (N, 200, 200) float64 in [0, 1].
 
     Each image's last masks are cut to the image, brought to 200 x 200 and averaged as
-    probabilities; one process does it all.
+    probabilities. Collective: each worker takes a share of the images, and all get the result.
 
     Args:
         model: Of the instance or the panoptic task.
         dataset: One split.
         device: Where the model is.
         num_workers: Loader processes.
-        progress: Called with (images done, images in all).
+        progress: Called with (this worker's images done, its images in all).
 
     Raises:
         ConfigError: The model has no instance kernels.
@@ -53,19 +54,22 @@ def mean_activations(
             "kernel maps need an instance or a panoptic model"
         )
     num_kernels = model.static.kernels.instance.out_channels
-    total = torch.zeros(num_kernels, SIDE, SIDE, dtype=torch.float64)
-    batches = eval_loader(dataset, batch_size=1, rank=0, world_size=1, num_workers=num_workers)
+    total = torch.zeros(num_kernels, SIDE, SIDE, dtype=torch.float64, device=device)
+    share = len(range(rank(), len(dataset), world_size()))
+    batches = eval_loader(
+        dataset, batch_size=1, rank=rank(), world_size=world_size(), num_workers=num_workers
+    )
     was_training = model.training
     model.eval()
     for done, batch in enumerate(batches, start=1):
         masks = model(batch.images.to(device)).stages[-1].masks[:, :num_kernels]
         height, width = (-(-side // MASK_STRIDE) for side in batch.infos[0].input_size)
         activation = masks[..., :height, :width].float().sigmoid()
-        total += F.interpolate(activation, (SIDE, SIDE), mode="bilinear")[0].cpu()
+        total += F.interpolate(activation, (SIDE, SIDE), mode="bilinear")[0]
         if progress:
-            progress(done, len(dataset))
+            progress(done, share)
     model.train(was_training)
-    return total / len(dataset)
+    return (mean_over_ranks(total) * world_size() / len(dataset)).cpu()
 
 
 def draw_kernel_maps(maps: Tensor) -> bytes:

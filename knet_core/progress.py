@@ -40,6 +40,8 @@ class Report:
     """Complete local directory `checkpoint_<step>`; first worker only."""
     stage_picture: bytes | None = None
     """PNG of the same images with the masks after every update; first worker, last evaluation."""
+    kernel_maps: bytes | None = None
+    """PNG of where every instance kernel looks on average; first worker, last evaluation."""
 
 
 class Callback(Protocol):

@@ -4,7 +4,7 @@ Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.
 pruned.json, failures/<number>.json, curves/<step>.json, checkpoint_<step>/, ...}`; this folder is
 also Ray Train's run folder. What is below `checkpoint_<step>/`: see `checkpoints`.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
-search has suggested (`suggestions`).
+search has suggested (`suggestions`), `<uri>/sweeps/<name>/` where to read on about one (`links`).
 Every file appears whole or not at all (`files`).
 """
 
@@ -158,6 +158,10 @@ class Store:
     def search(self, search_id: str) -> "TrialStore":
         """Return the part that keeps what a search has suggested."""
         return TrialStore(self._files, f"searches/{search_id}")
+
+    def sweep(self, name: str) -> "TrialStore":
+        """Return the part that keeps what is known of a whole sweep (`links`)."""
+        return TrialStore(self._files, f"sweeps/{name}")
 
     def hashes(self) -> list[str]:
         """Return the hashes of all trials that were ever started, sorted."""

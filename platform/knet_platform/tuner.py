@@ -26,6 +26,7 @@ from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
 from knet_platform.forecast import look_up
 from knet_platform.home import cache_folder, cache_gb
+from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
 from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
@@ -98,9 +99,11 @@ def run_sweep(
     with sweep_lock(sweep.name, home):
         tracker.start_sweep(SweepRun.of(sweep))
         try:
+            write_links(store, sweep.name, {"the sweep's run": tracker.sweep_url()})
             sweep, bridge = _run_unfinished(
                 sweep, store, tracker, progress, price, trainable, only_failed=only_failed
             )
+            write_links(store, sweep.name, {"its trials compared": tracker.compare_url()})
             report = build_report(sweep, store, scale=scale)
             files = write_report(report, home / "reports" / sweep.name)
         except (KeyboardInterrupt, InterruptedSweepError):

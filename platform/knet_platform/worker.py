@@ -175,6 +175,8 @@ class RayReporter:
             self._keep(metrics["picture"], report.picture)
         if report.stage_picture is not None:
             self._keep(stage_picture_name(report.step), report.stage_picture)
+        if report.kernel_maps is not None:
+            self._keep(kernel_maps_name(report.step), report.kernel_maps)
         if self._damaged:
             metrics["retry"] = "; ".join(self._damaged)
             self._damaged.clear()
@@ -246,6 +248,11 @@ def picture_name(step: int) -> str:
 def stage_picture_name(step: int) -> str:
     """Return where the masks after every update lie below a trial's folder."""
     return f"{PICTURES}/stages_{step:06d}.png"
+
+
+def kernel_maps_name(step: int) -> str:
+    """Return where the mean activations of the kernels lie below a trial's folder."""
+    return f"{PICTURES}/kernels_{step:06d}.png"
 
 
 def hang_reports(store: TrialStore, attempt: int) -> Sequence[str]:

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from knet_core import KNetError, build_dataset, build_model, fit
+from knet_core import (
+    KNetError,
+    build_dataset,
+    build_model,
+    fit,
+    load_model,
+    mean_activations,
+)
 from knet_core.checkpoint_state import load_recipe
 from knet_core.data import collate
 from knet_core.distributed import gather_on_zero, mean_over_ranks, on_rank_zero
@@ -49,8 +56,16 @@ def run(recipe, output_dir, resume_from=None, stop_at=None, images_at_once=None)
         "losses": [p.metrics["train/loss"] for r in recorder.reports for p in r.points],
         "norms": [p.metrics["train/grad_norm"] for r in recorder.reports for p in r.points],
         "pictures": [report.picture is not None for report in recorder.reports],
+        "maps": [report.kernel_maps is not None for report in recorder.reports],
         "checkpoints": [report.checkpoint is not None for report in recorder.reports],
     }
+
+
+def activations(recipe, checkpoint):
+    """Return a summary of the kernel maps of a saved model."""
+    dataset = build_dataset(recipe.data, "val", seed=0)
+    maps = mean_activations(load_model(checkpoint), dataset, device=torch.device("cpu"))
+    return [maps.mean().item(), maps.std().item(), maps.max().item()]
 
 
 def nan_on_the_second_worker(recipe, folder, rank):
@@ -108,6 +123,7 @@ def main(rank, world_size, folder):
         "shared": on_rank_zero(lambda: f"from {rank}"),
         "shared_error": error_of(lambda: on_rank_zero(fails_on_the_first_worker)),
         "synchronised": synchronised_on_a_cpu(recipe, folder / "synchronised"),
+        "activations": activations(recipe, folder / "whole" / "checkpoint_4"),
         "nan": nan_on_the_second_worker(recipe, folder, rank),
     }
     (folder / f"result{rank}.json").write_text(json.dumps(results))

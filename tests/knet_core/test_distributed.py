@@ -18,7 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from knet_core import BackboneConfig, build_model, fit
+from knet_core import (
+    BackboneConfig,
+    build_dataset,
+    build_model,
+    fit,
+    load_model,
+    mean_activations,
+)
 from knet_core.checkpoint_state import RECIPE_FILE, dump_recipe
 from knet_core.data import Category
 from knet_core.distributed import (
@@ -95,6 +102,12 @@ def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
     for worker in workers:
         assert worker["whole"]["steps"] == [2, 4]
     assert [worker["whole"]["pictures"] for worker in workers] == [[True] * 2, [False] * 2]
+    assert [worker["whole"]["maps"] for worker in workers] == [[False, True], [False] * 2]
+    model = load_model(tmp_path / "whole" / "checkpoint_4")
+    dataset = build_dataset(recipe.data, "val", seed=0)
+    maps = mean_activations(model, dataset, device=torch.device("cpu"))
+    for worker in workers:  # each saw half of the images
+        assert worker["activations"] == pytest.approx([maps.mean(), maps.std(), maps.max()])
     assert [worker["whole"]["checkpoints"] for worker in workers] == [[True] * 2, [False] * 2]
 
     for worker in workers:  # gradients are exchanged once, after the last piece

@@ -65,7 +65,10 @@ def test_a_run_reports_evaluates_and_saves(tiny_recipe, tmp_path):
     assert last.picture.startswith(b"\x89PNG")
     assert last.stage_picture is not None
     assert last.stage_picture.startswith(b"\x89PNG")
-    assert [report.stage_picture for report in recorder.reports[:-1]] == [None, None]
+    assert last.kernel_maps is not None
+    assert last.kernel_maps.startswith(b"\x89PNG")
+    for report in recorder.reports[:-1]:
+        assert report.stage_picture is report.kernel_maps is None
     assert last.checkpoint == result.checkpoint == tmp_path / "checkpoint_5"
     assert "bench/fps" not in recorder.reports[0].evaluation
     assert {"val/AP", "bench/fps"} <= set(last.evaluation)

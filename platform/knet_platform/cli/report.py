@@ -1,6 +1,7 @@
 """`knet report`: the ablation table of a sweep, finished or not, and its page.
 
-With `--register`, the winner of the table as well, as a version of a model in MLflow's registry.
+With `--register`, the winner of the table as well, as a version of a model in MLflow's registry;
+with `--serve`, the page on this machine alone, for as long as somebody wants to follow the sweep.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from knet_platform.planning import Sweep, Trial, load_sweep
 from knet_platform.suggestions import recall
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from knet_platform.report import Report
     from knet_platform.storage import Store
     from knet_platform.tracking.models import Registered
@@ -23,6 +26,7 @@ EXAMPLES = """\
 examples:
   knet report sweeps/stages.yaml --scale laptop
   knet report sweeps/stages.yaml --scale laptop --format latex > table.tex
+  knet report sweeps/stages.yaml --scale laptop --serve       # follows a running sweep
   knet report sweeps/stages.yaml --scale laptop --json
   knet report sweeps/stages.yaml --seeds 3 --out pages/stages
   knet report sweeps/stages.yaml --register stages-winner     # then mlflow.pyfunc.load_model"""
@@ -43,8 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the winner a version of this model in MLflow: of the arm with the best mean "
         "over its finished seeds, the best seed",
     )
+    parser.add_argument(
+        "--port", type=int, default=0, help="port of --serve (default: 0, any free one)"
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the report as JSON")
+    shape.add_argument(
+        "--serve",
+        action="store_true",
+        help="then serve the page on this machine and keep it up to date, until Ctrl-C",
+    )
     shape.add_argument(
         "--format", choices=("md", "latex", "csv"), help="print the table in this form"
     )
@@ -54,16 +66,16 @@ def run(args: argparse.Namespace) -> int:
     """Write the report's files, print the table, and register the winner if asked.
 
     Raises:
-        UsageError: There is no winner yet, or nothing is tracked.
+        UsageError: There is no winner yet, or nothing is tracked, or the port is taken.
         TrackingError: MLflow does not answer, or has no run of the winner.
     """
     from knet_platform.cli.output import result_console
     from knet_platform.report import FORMATS, Terminal, build_report, write_report
     from knet_platform.storage import Store
 
-    sweep = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
+    planned = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
     store = Store(storage_uri())
-    sweep = recall(sweep, store)
+    sweep = recall(planned, store)
     report = build_report(sweep, store, scale=args.scale)
     written = write_report(report, args.out or knet_home() / "reports" / sweep.name)
     shape = "json" if args.json else args.format
@@ -78,7 +90,18 @@ def run(args: argparse.Namespace) -> int:
         made = "registered" if registered.new else "is registered already"
         # What is piped elsewhere stays a table.
         print(f"{winner.name} {made}: {registered.uri}", file=sys.stderr if shape else sys.stdout)
+    if args.serve:
+        _serve(lambda: build_report(recall(planned, store), store, scale=args.scale), args.port)
     return 0
+
+
+def _serve(build: "Callable[[], Report]", port: int) -> None:
+    from knet_platform.report.serving import HOST, LivePage, page_server
+
+    with page_server(LivePage(build), port) as server:
+        address = f"http://{HOST}:{server.server_address[1]}/"
+        print(f"live: {address}  (stop with Ctrl-C)", flush=True)
+        server.serve_forever()
 
 
 def _winner(sweep: Sweep, report: "Report") -> Trial:

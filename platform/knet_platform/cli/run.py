@@ -134,8 +134,10 @@ def _show(outcome: "SweepOutcome", tracker: "JournaledTracker") -> None:
     for trial, reason in outcome.failed:
         print(f"failed: {trial.name}: {reason}")
     print(f"page: {outcome.files['html']}")
-    if url := tracker.compare_url():
-        print(f"runs: knet ui, then {url}")
+    for link in outcome.report.links:
+        print(f"MLflow, {link.name}: {link.url}")
+    if outcome.report.links and tracking_uri().startswith("sqlite"):
+        print("these pages are there while `knet ui` runs")
 
 
 def _as_json(sweep: Sweep, outcome: "SweepOutcome", tracker: "JournaledTracker") -> dict[str, Any]:
@@ -159,6 +161,7 @@ def _as_json(sweep: Sweep, outcome: "SweepOutcome", tracker: "JournaledTracker")
         ],
         "unsuggested": outcome.unsuggested,
         "files": {name: str(path) for name, path in outcome.files.items()},
+        "sweep_url": tracker.sweep_url(),
         "compare_url": tracker.compare_url(),
         "tracking_updates_waiting": tracker.waiting,
         "tracking_updates_lost": tracker.lost,

@@ -1,169 +1,519 @@
-"""The page's charts, drawn by plotly; every name in them is escaped."""
+"""The page's charts, drawn by plotly; every name in them is escaped.
+
+Colours of text, lines and grounds come from the page, which has a light and a dark side.
+"""
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
+from knet_platform.metrics import find_metric
 from knet_platform.report.statistics import mean_and_ci
 from knet_platform.report.table import Column, Report, Row, Table
+from knet_platform.report.thinning import thin
+from knet_platform.report.trials import CurvePoint, TrialLine
 
 FPS = "bench/fps"
-PALETTE = qualitative.D3
-"""Ten hues that hold on white and on black; more arms repeat them with another dash."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon")
+PALETTE = tuple(hue for hue in qualitative.D3 if hue != "#7F7F7F")
+"""Hues that hold on white and on black. The baseline has the first; grey is for other arms."""
+OTHERS = "#8a929b"
+"""Of arms beyond the palette: fifty hues would tell nobody anything."""
+SYMBOLS = (
+    *("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon"),
+    "triangle-down",
+)
 CONFIG = {"displaylogo": False, "responsive": True}
+BAND, SEED = 0.13, 0.4
+"""Opacity of a confidence band and of a single seed's line; `page.js` knows both."""
+_MOST_POINTS, _MOST_OF_A_CURVE, _LEAST_OF_A_CURVE = 60_000, 1000, 100
+"""Points of a chart and of each of its curves."""
 
 
-def charts(report: Report) -> list[tuple[str, go.Figure]]:
-    """Return captions and figures, those of one table after those of another."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A figure and what must be known to read it."""
+
+    title: str
+    caption: str
+    figure: go.Figure
+    layers: bool = False
+    """Whether it has single seeds and bands, which the page can hide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """How an arm is told from others, the same in every chart of its table."""
+
+    colour: str
+    symbol: str
+    named: bool
+    """Whether it stands in the legend by itself; others are grey and stand there together."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """Values of one arm over steps, averaged over seeds."""
+
+    steps: Sequence[int]
+    counts: Sequence[int]
+    """Seeds that have come so far."""
+    means: Sequence[float]
+    halves: Sequence[float]
+    """Half-widths of the 95 % interval; NaN for one seed."""
+
+
+def charts(report: Report) -> list[Chart]:
+    """Return the charts for which there are numbers, those of one table after another's."""
     found = []
     for table in report.tables:
-        suffix = f" Rows apart: {table.reason}." if table.reason else ""
-        for caption, figure in (
-            (_CURVES_CAPTION, curves(report, table)),
-            (_SPEED_CAPTION, speed_scatter(report, table)),
-        ):
-            if figure is not None:
-                found.append((f"{report.columns[0].heading} {caption}{suffix}", figure))
+        looks = _looks(report, table)
+        for draw in (differences, curves, losses, training_cost, speed):
+            chart = draw(report, table, looks)
+            if chart is not None:
+                suffix = f" Rows apart: {table.reason}." if table.reason else ""
+                found.append(
+                    Chart(
+                        title=chart.title,
+                        caption=chart.caption + suffix,
+                        figure=chart.figure,
+                        layers=chart.layers,
+                    )
+                )
     return found
 
 
-_CURVES_CAPTION = (
-    "over training iterations. Line: mean over the seeds that have come so far; band: its 95 % "
-    "confidence interval, cut off beyond the values of single seeds where seeds are few."
-)
-_SPEED_CAPTION = "against inference speed. Bars: 95 % confidence intervals over seeds."
+def bands_help(report: Report) -> bool:
+    """Whether any arm has three seeds: two have an interval of nine standard errors each way."""
+    return any(sum(bool(line.curve) for line in row.trials) > 2 for row in report.rows)
 
 
-def curves(report: Report, table: Table) -> go.Figure | None:
-    """Plot the sweep's metric over iterations: mean over seeds and its confidence interval."""
-    figure = go.Figure()
-    everything: list[float] = []
-    for position, row in enumerate(table.rows):
-        values: dict[int, list[float]] = defaultdict(list)
-        for line in row.trials:
-            for point in line.curve:
-                values[point.step].append(point.value)
-        if not values:
-            continue
-        everything += (value for found in values.values() for value in found)
-        figure.add_traces(_curve(row, position, dict(sorted(values.items()))))
-    if not everything:
+def _looks(report: Report, table: Table) -> dict[str, _Look]:
+    """Give the baseline and the best arms a hue each, in the table's order."""
+    better = 1 if _higher_is_better(report.columns[0]) else -1
+
+    def merit(row: Row) -> tuple[bool, float]:
+        value = row.cells[0].mean
+        if value is None:
+            value = max((line.curve[-1].value for line in row.trials if line.curve), default=None)
+        return (row.is_baseline, -np.inf if value is None else better * value)
+
+    first = 0 if any(row.is_baseline for row in table.rows) else 1  # its hue is nobody else's
+    best = sorted(table.rows, key=merit, reverse=True)[: len(PALETTE) - first]
+    named = {row.arm for row in best}
+    places = [row.arm for row in table.rows if row.arm in named and not row.is_baseline]
+    places = [row.arm for row in table.rows if row.is_baseline] + places
+    looks = {row.arm: _Look(colour=OTHERS, symbol="circle", named=False) for row in table.rows}
+    for place, arm in enumerate(places, start=first):
+        looks[arm] = _Look(colour=PALETTE[place], symbol=SYMBOLS[place], named=True)
+    return looks
+
+
+def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
+    """Plot every arm's difference to the baseline, ours beside the paper's."""
+    column, scale = report.columns[0], _scale(report.columns[0])
+    baseline = {
+        line.seed: line.metrics[column.metric] * scale
+        for row in table.rows
+        if row.is_baseline
+        for line in row.trials
+        if column.metric in line.metrics
+    }
+    rows = [row for row in table.rows if row.cells[0].difference is not None]
+    if not rows:
         return None
-    _finish(figure, "iteration", report.columns[0], legend_title=report.axis)
-    # Two seeds have an interval of nine standard errors each way: it must not set the scale.
-    margin = 0.05 * (max(everything) - min(min(everything), 0.0)) or 1.0
-    low = min(everything) - margin if min(everything) < 0 else 0.0
-    figure.update_yaxes(range=[low, max(everything) + margin])
+    figure = go.Figure()
+    seeds = [
+        (row, line.seed, line.metrics[column.metric] * scale - baseline[line.seed])
+        for row in rows
+        for line in row.trials
+        if column.metric in line.metrics and line.seed in baseline
+    ]
+    figure.add_trace(
+        go.Scatter(
+            x=[value for _, _, value in seeds],
+            y=[escape(row.arm) for row, _, _ in seeds],
+            customdata=[seed for _, seed, _ in seeds],
+            mode="markers",
+            marker={"color": OTHERS, "symbol": "line-ns-open", "size": 9},
+            name="single seeds",
+            hovertemplate="%{y}, seed %{customdata}: %{x:+.2f}<extra></extra>",
+        )
+    )
+    ours = [row.cells[0].difference for row in rows]
+    figure.add_trace(
+        go.Scatter(
+            x=[found.mean for found in ours if found],
+            y=[escape(row.arm) for row in rows],
+            error_x={
+                "array": [found.ci95 or 0.0 for found in ours if found],
+                "color": OTHERS,
+                "thickness": 1.5,
+                "width": 4,
+            },
+            text=[
+                (f" ± {found.ci95:.2f}" if found.ci95 is not None else "") + f" (n={found.n})"
+                for found in ours
+                if found
+            ],
+            mode="markers",
+            marker={
+                "color": [looks[row.arm].colour for row in rows],
+                "symbol": [looks[row.arm].symbol for row in rows],
+                "size": 11,
+            },
+            name="ours",
+            showlegend=False,
+            hovertemplate="%{y}: %{x:+.2f}%{text}<extra>ours</extra>",
+        )
+    )
+    printed = [(row, row.cells[0].paper_difference) for row in rows]
+    printed = [(row, value) for row, value in printed if value is not None]
+    if printed:
+        figure.add_trace(
+            go.Scatter(
+                x=[value for _, value in printed],
+                y=[escape(row.arm) for row, _ in printed],
+                mode="markers",
+                marker={"symbol": "star-diamond-open", "size": 13, "color": "#d97706"},
+                name="paper",
+                hovertemplate="%{y}: %{x:+.2f}<extra>paper</extra>",
+            )
+        )
+    _finish(figure, f"{column.heading} minus the baseline's", report.axis)
+    every = [value for _, _, value in seeds] + [value or 0.0 for _, value in printed] + [0.0]
+    figure.update_layout(
+        height=150 + 26 * len(rows),
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+    )
+    figure.update_xaxes(range=_range(every), zeroline=True, zerolinecolor=OTHERS)
+    figure.update_yaxes(
+        type="category",
+        autorange="reversed",
+        tickmode="array",
+        tickvals=[escape(row.arm) for row in rows],
+        ticktext=[escape(_short(row.arm)) for row in rows],
+        ticks="",
+    )
+    caption = (
+        "Bars: 95 % confidence intervals (paired t); those of few seeds may go on beyond the "
+        "picture. Left of zero the arm scores lower than the baseline."
+    )
+    return Chart(title="Difference to the baseline", caption=caption, figure=figure)
+
+
+def curves(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
+    """Plot the sweep's metric over iterations."""
+    figure = _over_steps(table, looks, lambda line: line.curve)
+    if figure is None:
+        return None
+    heading = report.columns[0].heading
+    _finish(figure, "iteration", heading)
+    return Chart(title=f"{heading} over training", caption=_LAYERS, figure=figure, layers=True)
+
+
+def losses(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
+    """Plot the training loss over iterations, logarithmically."""
+    figure = _over_steps(table, looks, lambda line: line.loss)
+    if figure is None:
+        return None
+    _finish(figure, "iteration", "training loss")
+    figure.update_yaxes(type="log", autorange=True, range=None)
+    return Chart(title="Loss over training", caption=_LAYERS, figure=figure, layers=True)
+
+
+_LAYERS = (
+    "Strong line: mean over the seeds that have come so far; thin lines: single seeds; band: 95 % "
+    "confidence interval of the mean. Long curves are drawn with fewer points; peaks stay."
+)
+
+
+def _over_steps(
+    table: Table, looks: Mapping[str, _Look], points: Callable[[TrialLine], Sequence[CurvePoint]]
+) -> go.Figure | None:
+    """Draw a curve for each arm: band, single seeds, mean."""
+    traces = {row.arm: _trace([points(line) for line in row.trials]) for row in table.rows}
+    drawn = [row for row in table.rows if traces[row.arm].steps]
+    if not drawn:
+        return None
+    num_curves = sum(1 + looks[row.arm].named * len(row.trials) for row in drawn)
+    most = max(_LEAST_OF_A_CURVE, min(_MOST_OF_A_CURVE, _MOST_POINTS // num_curves))
+    figure = go.Figure()
+    grey = [row for row in drawn if not looks[row.arm].named]
+    # The last is drawn on top.
+    for row in sorted(drawn, key=lambda row: (looks[row.arm].named, row.is_baseline)):
+        look, trace = looks[row.arm], traces[row.arm]
+        group = escape(row.arm) if look.named else ""
+        if look.named:
+            figure.add_traces(_band(trace, look, group, most))
+            figure.add_traces(_seeds(row, points, look, group, most))
+        place = thin(most, trace.means)
+        notes = [
+            (f" ± {trace.halves[i]:.3g}" if trace.counts[i] > 1 else "")
+            + f" (n={trace.counts[i]})"
+            for i in place
+        ]
+        figure.add_trace(
+            go.Scatter(
+                x=np.asarray(trace.steps, dtype=np.int32)[place],
+                y=np.asarray(trace.means, dtype=np.float32)[place],
+                text=notes,
+                meta=escape(row.arm),
+                name=escape(_label(row)) if look.named else f"{len(grey)} other arms",
+                mode="lines+markers" if look.named and len(trace.steps) < 30 else "lines",
+                line={"color": look.colour, "width": _width(row, look)},
+                marker={"symbol": look.symbol, "size": 7},
+                legendgroup=group,
+                legendrank=1 if row.is_baseline else 2 if look.named else 3,
+                showlegend=look.named or row is grey[0],
+                hovertemplate="%{y:.4g}%{text}<extra>%{meta}</extra>",
+            )
+        )
+    figure.update_layout(hovermode="closest" if grey else "x unified")
+    values = [point.value for row in drawn for line in row.trials for point in points(line)]
+    figure.update_yaxes(range=_range(values))
     return figure
 
 
-def _curve(row: Row, position: int, values: dict[int, list[float]]) -> list[go.Scatter]:
-    """Return the band, where any step has two seeds, and the line."""
-    style = _style(position)
-    means, halves = zip(*map(mean_and_ci, values.values()), strict=True)
-    line = go.Scatter(
-        x=list(values),
-        y=means,
-        customdata=[
-            (len(found), f" ± {half:.2f}" if half is not None else "")
-            for found, half in zip(values.values(), halves, strict=True)
-        ],
-        name=escape(_label(row)),
-        mode="lines+markers",
-        line={**style, "width": 4 if row.is_baseline else 2},
-        marker={"symbol": SYMBOLS[position % len(SYMBOLS)], "size": 8 if len(values) < 30 else 4},
-        legendgroup=str(position),
-        hovertemplate="step %{x}: %{y:.2f}%{customdata[1]} (n=%{customdata[0]})"
-        "<extra>%{fullData.name}</extra>",
+def _trace(curves: Sequence[Sequence[CurvePoint]]) -> _Trace:
+    values: dict[int, list[float]] = defaultdict(list)
+    for curve in curves:
+        for point in curve:
+            values[point.step].append(point.value)
+    steps = sorted(values)
+    pairs = [mean_and_ci(values[step]) for step in steps]
+    return _Trace(
+        steps,
+        [len(values[step]) for step in steps],
+        [mean for mean, _ in pairs if mean is not None],
+        [np.nan if half is None else half for _, half in pairs],
     )
-    banded = [
-        (step, mean - half, mean + half)
-        for step, mean, half in zip(values, means, halves, strict=True)
-        if half is not None
+
+
+def _band(trace: _Trace, look: _Look, group: str, most: int) -> list[go.Scatter]:
+    halves = np.asarray(trace.halves)
+    known = np.isfinite(halves)
+    if not known.any():
+        return []
+    means = np.asarray(trace.means)[known]
+    lows, highs = means - halves[known], means + halves[known]
+    place = thin(most, lows, highs)
+    steps = np.asarray(trace.steps, dtype=np.int32)[known][place]
+    return [
+        go.Scatter(
+            x=np.concatenate([steps, steps[::-1]]),
+            y=np.concatenate([highs[place], lows[place][::-1]]).astype(np.float32),
+            fill="toself",
+            fillcolor=look.colour,
+            opacity=BAND,
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            legendgroup=group,
+            meta="band",
+            showlegend=False,
+        )
     ]
-    if not banded:
-        return [line]
-    steps, lows, highs = (list(part) for part in zip(*banded, strict=True))
-    band = go.Scatter(
-        x=steps + steps[::-1],
-        y=highs + lows[::-1],
-        fill="toself",
-        fillcolor=style["color"],
-        opacity=0.15,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        legendgroup=str(position),
-        showlegend=False,
-    )
-    return [band, line]
 
 
-def speed_scatter(report: Report, table: Table) -> go.Figure | None:
-    """Plot the sweep's metric against images per second, one point per arm."""
-    metrics = [column.metric for column in report.columns]
-    if FPS not in metrics[1:]:
-        return None
-    speed = metrics.index(FPS)
-    figure = go.Figure()
-    for position, row in enumerate(table.rows):
-        x, y = row.cells[speed], row.cells[0]
-        if x.mean is None or y.mean is None:
-            continue
-        figure.add_trace(
+def _seeds(
+    row: Row,
+    points: Callable[[TrialLine], Sequence[CurvePoint]],
+    look: _Look,
+    group: str,
+    most: int,
+) -> list[go.Scatter]:
+    lines = [points(line) for line in row.trials if points(line)]
+    if len(lines) < 2:  # it is the mean
+        return []
+    found = []
+    for line in lines:
+        values = np.asarray([point.value for point in line], dtype=np.float32)
+        place = thin(most, values)
+        found.append(
             go.Scatter(
-                x=[x.mean],
-                y=[y.mean],
-                error_x={"array": [x.ci95 or 0.0], "width": 3},
-                error_y={"array": [y.ci95 or 0.0], "width": 3},
-                name=escape(_label(row)),
-                text=[escape(row.arm)],
-                textposition="top right",
-                mode="markers+text",
-                marker={
-                    "color": _style(position)["color"],
-                    "symbol": SYMBOLS[position % len(SYMBOLS)],
-                    "size": 14 if row.is_baseline else 10,
-                },
-                hovertemplate="%{y:.2f} at %{x:.1f} FPS<extra>%{fullData.name}</extra>",
+                x=np.asarray([point.step for point in line], dtype=np.int32)[place],
+                y=values[place],
+                mode="lines",
+                line={"color": look.colour, "width": 1},
+                opacity=SEED,
+                hoverinfo="skip",
+                legendgroup=group,
+                meta="seed",
                 showlegend=False,
             )
         )
-    if len(figure.data) < 2:
+    return found
+
+
+def _width(row: Row, look: _Look) -> float:
+    if not look.named:
+        return 1.0
+    return 3.5 if row.is_baseline else 2.0
+
+
+def training_cost(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
+    """Plot the sweep's metric against what a trial took, with the Pareto front."""
+    on_gpu = any(line.metrics.get("sys/gpu_hours") for line in report.trials)
+
+    def cost(row: Row) -> list[float]:
+        if on_gpu:
+            spent = [line.metrics.get("sys/gpu_hours") for line in row.trials]
+        else:
+            done = [line for line in row.trials if line.status == "finished"]
+            spent = [None if line.seconds is None else line.seconds / 3600 for line in done]
+        return [value for value in spent if value is not None]
+
+    unit = "GPU-hours" if on_gpu else "hours of training"
+    points = {row.arm: cost(row) for row in table.rows}
+    return _trade_off(report, table, looks, points, f"{unit} of one trial", less_is_better=True)
+
+
+def speed(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
+    """Plot the sweep's metric against images per second, with the Pareto front."""
+    points = {
+        row.arm: [line.metrics[FPS] for line in row.trials if FPS in line.metrics]
+        for row in table.rows
+    }
+    title = "images per second"
+    return _trade_off(report, table, looks, points, title, less_is_better=False)
+
+
+def _trade_off(
+    report: Report,
+    table: Table,
+    looks: Mapping[str, _Look],
+    costs: Mapping[str, list[float]],
+    title: str,
+    *,
+    less_is_better: bool,
+) -> Chart | None:
+    """Plot one point for each arm, those on the Pareto front filled and joined."""
+    column = report.columns[0]
+    points = []
+    for row in table.rows:
+        x, x_half = mean_and_ci(costs[row.arm])
+        cell = row.cells[0]
+        if x is not None and cell.mean is not None:
+            points.append((row, x, x_half or 0.0, cell.mean, cell.ci95 or 0.0))
+    if len(points) < 2:
         return None
-    _finish(figure, report.columns[speed].heading, report.columns[0])
-    return figure
+    signs = (-1 if less_is_better else 1, 1 if _higher_is_better(column) else -1)
+    merits = [(signs[0] * x, signs[1] * y) for _, x, _, y, _ in points]
+    front = pareto(merits)
+    figure = go.Figure()
+    edge = sorted((points[place][1], points[place][3]) for place in front)
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in edge],
+            y=[y for _, y in edge],
+            mode="lines",
+            line={"color": OTHERS, "width": 1.5, "dash": "dot"},
+            name="Pareto front",
+            hoverinfo="skip",
+        )
+    )
+    for place, (row, x, x_half, y, y_half) in enumerate(points):
+        look, leads = looks[row.arm], place in front
+        figure.add_trace(
+            go.Scatter(
+                x=[x],
+                y=[y],
+                error_x={"array": [x_half], "thickness": 1, "width": 3},
+                error_y={"array": [y_half], "thickness": 1, "width": 3},
+                text=[escape(_short(row.arm))] if leads or look.named else None,
+                textposition="top right",
+                mode="markers+text" if leads or look.named else "markers",
+                marker={
+                    "color": look.colour,
+                    "symbol": look.symbol if leads else f"{look.symbol}-open",
+                    "size": 14 if row.is_baseline else 11,
+                },
+                meta=escape(_label(row)),
+                hovertemplate="%{y:.2f} at %{x:.4g}<extra>%{meta}</extra>",
+                showlegend=False,
+            )
+        )
+    _finish(figure, title, column.heading)
+    figure.update_xaxes(range=_range([x for _, x, *_ in points]))
+    figure.update_yaxes(range=_range([y for *_, y, _ in points]))
+    figure.update_layout(
+        hovermode="closest",
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+    )
+    return Chart(
+        title=f"{column.heading} against {title}",
+        caption="Filled and joined: the Pareto front, arms that no other beats in one without "
+        "losing in the other. Bars: 95 % confidence intervals over seeds.",
+        figure=figure,
+    )
 
 
-def _finish(figure: go.Figure, x_title: str, y: Column, *, legend_title: str = "") -> None:
-    """Neutral colours: the page's script sets the text colour for light and dark."""
-    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+def pareto(merits: Sequence[tuple[float, float]]) -> set[int]:
+    """Return the places of the points that no other one dominates; more is better in both."""
+    return {
+        place
+        for place, (x, y) in enumerate(merits)
+        if not any(
+            other_x >= x and other_y >= y and (other_x, other_y) != (x, y)
+            for other_x, other_y in merits
+        )
+    }
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Return axis limits around what was measured: wide intervals must not set the scale."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return [low - margin, high + margin]
+
+
+def _finish(figure: go.Figure, x_title: str, y_title: str) -> None:
+    """Neutral colours: the page sets the text's for light and dark."""
+    axis = {
+        "gridcolor": "rgba(128,128,128,0.22)",
+        "zeroline": False,
+        "automargin": True,
+        "ticklen": 4,
+        "tickcolor": "rgba(0,0,0,0)",
+    }
     figure.update_layout(
         template="none",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 56, "r": 16, "t": 40, "b": 48},
+        margin={"l": 60, "r": 20, "t": 36, "b": 52},
         height=420,
-        xaxis={**axis, "title": {"text": escape(x_title)}},
-        yaxis={**axis, "title": {"text": escape(y.heading)}},
-        legend={"title": {"text": escape(legend_title)}},
+        xaxis={**axis, "title": {"text": escape(x_title), "standoff": 8}},
+        yaxis={**axis, "title": {"text": escape(y_title), "standoff": 8}},
         font={"family": "system-ui, sans-serif", "size": 13},
-        hoverlabel={"namelength": -1},
+        hoverlabel={
+            "namelength": -1,
+            "bgcolor": "rgba(24,28,33,0.94)",
+            "font": {"color": "#ffffff"},
+        },
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#2f81d8"},
     )
 
 
-def _style(position: int) -> dict[str, Any]:
-    return {
-        "color": PALETTE[position % len(PALETTE)],
-        "dash": DASHES[position // len(PALETTE) % len(DASHES)],
-    }
+def _higher_is_better(column: Column) -> bool:
+    info = find_metric(column.metric)
+    assert info is not None, f"{column.metric}: the sweep file was checked"
+    return info.higher_is_better
+
+
+def _scale(column: Column) -> float:
+    info = find_metric(column.metric)
+    assert info is not None, f"{column.metric}: the sweep file was checked"
+    return info.scale
 
 
 def _label(row: Row) -> str:
     return f"{row.arm} (baseline)" if row.is_baseline else row.arm
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else f"{name[:31]}…"

@@ -1,11 +1,14 @@
 """The HTML page: one file that opens offline, with everything the report knows."""
 
+from dataclasses import dataclass
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from knet_platform.report import render
-from knet_platform.report.charts import CONFIG, charts
+from knet_platform.report.charts import BAND, CONFIG, SEED, bands_help, charts
+from knet_platform.report.facts import facts
 from knet_platform.report.table import Report
 from knet_platform.storage import Cause
 
@@ -32,8 +35,23 @@ ADVICE: dict[Cause, str] = {
 }
 
 
-def html(report: Report) -> str:
-    """Return the page; every name in it is escaped."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """What a page that is served knows of itself."""
+
+    version: str
+    """Of what it shows; the server tells when there is a newer one."""
+    seconds: float
+    """Between questions."""
+
+
+def html(report: Report, live: Live | None = None) -> str:
+    """Return the page; every name in it is escaped.
+
+    Args:
+        report: What it shows.
+        live: Given, the page comes again when there is news; else it asks nobody.
+    """
     environment = Environment(
         loader=PackageLoader("knet_platform.report", "."),
         autoescape=True,
@@ -45,17 +63,29 @@ def html(report: Report) -> str:
     environment.globals.update(
         estimate=render.estimate, delta=render.delta, p_value=render.p_value, seeds=render.seeds
     )
-    figures = [
-        (caption, Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)))
-        for caption, figure in charts(report)
+    drawn = [
+        {
+            "title": chart.title,
+            "caption": chart.caption,
+            "layers": chart.layers,
+            "html": Markup(
+                chart.figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+            ),
+        }
+        for chart in charts(report)
     ]
+    evaluations = {picture.step for sheet in report.sheets for picture in sheet.evaluations}
     return environment.get_template("ablation.html.j2").render(
         report=report,
-        figures=figures,
+        live=live,
+        facts=facts(report),
+        charts=drawn,
+        bands=bands_help(report),
+        opacity={"seed": SEED, "band": BAND},
+        evaluations=sorted(evaluations),
         method=render.method(report),
         reduced=render.reduced(report),
         missing=render.missing(report),
         advice=ADVICE,
-        finished=sum(line.status == "finished" for line in report.trials),
-        plotly_js=Markup(get_plotlyjs()) if figures else "",  # a library file, no user's text
+        plotly_js=Markup(get_plotlyjs()) if drawn else "",  # a library file, no user's text
     )

@@ -18,7 +18,7 @@ MOST_EVALUATIONS = 6
 BYTES = 3_200_000
 """Of all pictures together: a third more as text, beside 5 MB of plotly.js on a page of 10 MB."""
 
-_PICTURE = re.compile(r"(step|stages)_(\d+)\.webp")
+_PICTURE = re.compile(r"(step|stages|kernels)_(\d+)\.webp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +45,20 @@ class Sheet:
     evaluations: tuple[Picture, ...]
     """Ground truth beside prediction, at some evaluations from early to late."""
     stages: Picture | None
-    """Ground truth, then the prediction after every update, at the end of training."""
+    """Ground truth, the static kernels' masks, then those after every update, side by side, at
+    the end of training."""
+    updates: int
+    """How many `stages` shows."""
+    kernels: Picture | None
+    """The mean activation of every instance kernel, at the end of training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """The trial whose pictures stand for an arm, and the steps at which it has some."""
+    """The trial whose pictures stand for an arm, and the steps at which it has some, by kind."""
 
     trial: Trial
-    evaluations: list[int]
-    stages: list[int]
+    steps: dict[str, list[int]]
 
 
 def contact_sheets(sweep: Sweep, store: Store) -> tuple[Sheet, ...]:
@@ -68,7 +72,7 @@ def contact_sheets(sweep: Sweep, store: Store) -> tuple[Sheet, ...]:
     with ThreadPoolExecutor(READERS) as pool:
         searched = pool.map(lambda arm: _find(sweep, store, arm), sweep.arms)
         found = [item for item in searched if item]
-        steps = _spread(sorted({step for item in found for step in item.evaluations}))
+        steps = _spread(sorted({step for item in found for step in item.steps["step"]}))
         share = BYTES // max(len(found), 1)
         return tuple(pool.map(lambda item: _sheet(item, store, steps, share), found))
 
@@ -77,14 +81,12 @@ def _find(sweep: Sweep, store: Store, arm: str) -> _Found | None:
     for trial in sweep.trials:
         if trial.arm != arm:
             continue
-        steps: dict[str, list[int]] = {"step": [], "stages": []}
+        steps: dict[str, list[int]] = {"step": [], "stages": [], "kernels": []}
         for name in store.trial(trial.hash).list("pictures"):
             if match := _PICTURE.fullmatch(name):
                 steps[match[1]].append(int(match[2]))
         if steps["step"]:
-            return _Found(
-                trial=trial, evaluations=sorted(steps["step"]), stages=sorted(steps["stages"])
-            )
+            return _Found(trial=trial, steps={kind: sorted(of) for kind, of in steps.items()})
     return None
 
 
@@ -98,10 +100,11 @@ def _spread(steps: Sequence[int]) -> set[int]:
 
 def _sheet(found: _Found, store: Store, steps: Collection[int], share: int) -> Sheet:
     """Take the last evaluation whatever its size, then others while they fit `share` bytes."""
-    *earlier, last = found.evaluations
-    wanted = [("step", last), *(("stages", step) for step in found.stages[-1:])]
+    *earlier, last = found.steps["step"]
+    wanted = [("step", last)]
+    wanted += [(kind, step) for kind in ("stages", "kernels") for step in found.steps[kind][-1:]]
     wanted += [("step", step) for step in earlier if step in steps]
-    taken: dict[str, list[Picture]] = {"step": [], "stages": []}
+    taken: dict[str, list[Picture]] = {"step": [], "stages": [], "kernels": []}
     for kind, step in wanted:
         picture = _read(found, store, kind, step)
         if picture is None:
@@ -115,6 +118,8 @@ def _sheet(found: _Found, store: Store, steps: Collection[int], share: int) -> S
         seed=found.trial.seed,
         evaluations=tuple(sorted(taken["step"], key=lambda picture: picture.step)),
         stages=taken["stages"][0] if taken["stages"] else None,
+        updates=found.trial.recipe.model.stages,
+        kernels=taken["kernels"][0] if taken["kernels"] else None,
     )
 
 

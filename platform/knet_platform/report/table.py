@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from knet_platform.links import Link, read_links
 from knet_platform.metrics import MetricInfo, find_metric
 from knet_platform.planning import Sweep, Trial
 from knet_platform.report.differences import Differences, differences
@@ -135,6 +136,8 @@ class Report:
     data: str
     training: str
     hardware: str
+    links: tuple[Link, ...]
+    """Pages of the tracking server."""
     created: str
     """ISO 8601, UTC."""
 
@@ -180,6 +183,7 @@ def build_report(sweep: Sweep, store: Store, *, scale: str | None = None) -> Rep
         data=_data(sweep.trials[0]),
         training=_training(sweep),
         hardware=_hardware(lines),
+        links=read_links(store, sweep.name),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -1,7 +1,7 @@
 """What the store knows of every trial of a sweep, read while the sweep may be writing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,7 +9,14 @@ from knet_core import KNetError
 from knet_platform.metrics import find_metric
 from knet_platform.planning import Sweep, Trial
 from knet_platform.screening import screened_out, screens
-from knet_platform.storage import FAILURES, Failure, Pruned, Store, TrialStore
+from knet_platform.storage import (
+    FAILURES,
+    EvaluationLike,
+    Failure,
+    Pruned,
+    Store,
+    TrialStore,
+)
 
 READERS = 16
 """Trials or pictures read at once: an object store takes tens of milliseconds for each."""
@@ -20,7 +27,7 @@ _UNREADABLE = (KNetError, KeyError, TypeError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """The sweep's metric at one evaluation, in display units."""
+    """The sweep's metric at one evaluation, or the loss, in display units."""
 
     step: int
     value: float
@@ -56,6 +63,9 @@ class TrialLine:
     pruned: Pruned | None
     """Where the sweep's screen stopped the arm."""
     curve: tuple[CurvePoint, ...]
+    """The sweep's metric, at every evaluation."""
+    loss: tuple[CurvePoint, ...]
+    """Of training, as often as it was logged."""
     checkpoint: str | None
     seconds: float | None
     """Seconds of training, over all attempts."""
@@ -100,6 +110,7 @@ def _read(sweep: Sweep, trial: Trial, store: Store) -> TrialLine:
             metrics={},
             pruned=None,
             curve=(),
+            loss=(),
             checkpoint=None,
             seconds=None,
             hardware=None,
@@ -135,7 +146,7 @@ def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
         status, detail = "partial", f"partial, newest checkpoint at step {state.step}"
     else:
         status, detail = "new", "not started, or no checkpoint yet"
-    known = result or state
+    known, points = result or state, store.points()
     info = find_metric(metric)
     assert info is not None, f"{metric}: the sweep file was checked"
     return TrialLine(
@@ -146,11 +157,8 @@ def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
         detail=detail,
         metrics=_finite(result.metrics) if result else {},
         pruned=None if result else pruned,
-        curve=tuple(
-            CurvePoint(step=point.step, value=point.metrics[metric] * info.scale)
-            for point in (known.evaluations if known else ())
-            if math.isfinite(point.metrics.get(metric, math.nan))
-        ),
+        curve=_curve([*points, *(known.evaluations if known else ())], metric, info.scale),
+        loss=_curve(points, "train/loss", 1.0),
         checkpoint=result.checkpoint if result else store.latest_checkpoint(),
         seconds=known.seconds if known else None,
         hardware=f"{result.workers} worker{'s' * (result.workers > 1)} on {result.device}"
@@ -165,6 +173,15 @@ def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
             if not name.endswith(".json")
         ),
         origin=_origin(store),
+    )
+
+
+def _curve(points: Iterable[EvaluationLike], metric: str, scale: float) -> tuple[CurvePoint, ...]:
+    found = {point.step: point.metrics.get(metric, math.nan) * scale for point in points}
+    return tuple(
+        CurvePoint(step=step, value=found[step])
+        for step in sorted(found)
+        if math.isfinite(found[step])
     )
 
 

@@ -28,7 +28,7 @@ KILLED_SECONDS = 2.0
 class JournaledTracker:
     """Writes each call down, then passes it on until it has arrived; implements `Tracker`.
 
-    `start_sweep`, `status` and `compare_url` are answered at once and raise; the rest returns
+    `start_sweep`, `status` and the addresses are answered at once and raise; the rest returns
     when the call is in the journal, and never raises. What an earlier process left in the journal
     is sent first.
 
@@ -126,6 +126,10 @@ class JournaledTracker:
         paths = [str(path.absolute()) for path in artifacts]
         self._append("finish_sweep", status=status, artifacts=paths, at=_or_now(at))
         self.close(KILLED_SECONDS if status == "KILLED" else CLOSE_SECONDS)
+
+    def sweep_url(self) -> str | None:
+        """Return the address of the sweep's own page."""
+        return self._tracker.sweep_url()
 
     def compare_url(self) -> str | None:
         """Return the address of a page that compares the trials."""

@@ -88,6 +88,10 @@ class MemoryTracker:
         self.sweep_status = status
         self.artifacts = list(artifacts)
 
+    def sweep_url(self) -> str | None:
+        """Return None: there is no page."""
+        return None
+
     def compare_url(self) -> str | None:
         """Return None: there is no page."""
         return None

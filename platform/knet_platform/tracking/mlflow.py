@@ -210,6 +210,10 @@ class MLflowTracker:
                 )
             return register(self._client, run, model, name, folder)
 
+    def sweep_url(self) -> str | None:
+        """Return MLflow's page of the sweep's run, which leads to its trials and the report."""
+        return f"{self._pages()}/experiments/{self._experiment}/runs/{self._parent}"
+
     def compare_url(self) -> str | None:
         """Return MLflow's page that compares the trials, in the sweep's order; others last."""
         # A search adds trials under way.
@@ -217,9 +221,13 @@ class MLflowTracker:
         hashes = sorted(self._runs, key=lambda item: places.get(item, len(places)))
         runs = json.dumps([self._runs[item] for item in hashes], separators=(",", ":"))
         experiments = json.dumps([self._experiment])
-        base = self._uri.rstrip("/") if self._uri.startswith("http") else LOCAL_PAGES
         query = urllib.parse.urlencode({"runs": runs, "experiments": experiments})
-        return f"{base}/#/compare-runs?{query}"
+        return f"{self._pages()}/compare-runs?{query}"
+
+    def _pages(self) -> str:
+        served = self._uri.startswith("http")
+        base = without_password(self._uri).rstrip("/") if served else LOCAL_PAGES
+        return f"{base}/#"
 
     def _connect(self) -> None:
         # MLflow's own patience is 4 minutes a call; `JournaledTracker` tries again anyway.

@@ -47,6 +47,10 @@ class NoTracker:
     ) -> None:
         """Do nothing."""
 
+    def sweep_url(self) -> str | None:
+        """Return None: there is no page."""
+        return None
+
     def compare_url(self) -> str | None:
         """Return None: there is no page."""
         return None

@@ -173,5 +173,8 @@ class Tracker(Protocol):
     ) -> None:
         """Close the sweep's run, with files attached."""
 
+    def sweep_url(self) -> str | None:
+        """Return the address of the sweep's own page, if there is such a page."""
+
     def compare_url(self) -> str | None:
         """Return the address of a page that compares the trials, if there is such a page."""

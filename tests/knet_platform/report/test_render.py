@@ -193,8 +193,16 @@ def test_the_page_loads_nothing_and_its_table_is_marked_up(report: Report, tmp_p
     headings = sum(attributes.get("scope") == "row" for _, attributes in page.tags)
     assert headings == 4 + 4 + 4 * 3  # the table, what the arms differ in, every trial
     images = [a for tag, a in page.tags if tag == "img"]
-    assert len(images) == 2 * 2  # arms 1 and 3: one readable evaluation and the updates
+    assert len(images) == 2  # arms 1 and 3: one readable evaluation
     assert all(image["alt"] for image in images)
+    drawn = [a for _, a in page.tags if a.get("role") == "img"]
+    assert len(drawn) == 2 * 2  # ground truth and the update chosen
+    assert all(picture["aria-label"] for picture in drawn)
+    # Every heading that sorts names a column of its own, and every cell of a row has a value.
+    columns = [int(a["data-column"] or "") for _, a in page.tags if a.get("aria-sort") == "none"]
+    cells = sum(tag in ("th", "td") and "data-value" in a for tag, a in page.tags)
+    assert sorted(columns) == list(range(len(columns)))
+    assert cells == 4 * len(columns)
     assert "Plotly.newPlot" in text
     assert "prefers-color-scheme" in text
     assert "killed &lt;by&gt; the kernel" in text
