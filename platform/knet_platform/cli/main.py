@@ -20,6 +20,7 @@ VERBS = {
     "status": "list the jobs of a Ray cluster",
     "logs": "print or follow what a job prints",
     "cancel": "end a job of a Ray cluster",
+    "top": "watch a running sweep: arms, progress, metric so far, time left, cost",
     "report": "write a sweep's table beside the paper's numbers, and its page",
     "diff": "show what differs between two runs",
     "repro": "run a recorded run again and say how far the result is from the recorded one",
