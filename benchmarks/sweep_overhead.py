@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knet_platform.cluster import HEAD, prepare_environment
-from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, PlainProgress
+from knet_platform.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
     from knet_platform.driver import TrialJob
@@ -115,7 +115,7 @@ def leave_checkpoint(folder: Path) -> None:
     checkpoint = folder / "checkpoint_1"
     checkpoint.mkdir(parents=True)
     for name in ("model.safetensors", "trainer.pt", "recipe.yaml"):
-        (checkpoint / name).write_bytes(b"")
+        (checkpoint / name).write_bytes(b"-")  # an empty file counts as one cut short
     state = {
         "format": 1,
         "step": 1,

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from knet_platform.errors import TrackingError
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.storage import Evaluation, Store, TrialResult, TrialStore
+from knet_platform.sweep import Sweep
 from knet_platform.tracking import (
     JournaledTracker,
     MemoryTracker,

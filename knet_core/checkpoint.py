@@ -179,14 +179,14 @@ def load_trainer(directory: Path) -> dict[str, Any]:
     return trainer
 
 
-def require_same_recipe(directory: Path, recipe: Recipe) -> None:
-    """Refuse to resume from a run with other results.
+def require_same_recipe(directory: Path, recipe: Recipe, step: int) -> None:
+    """Refuse to resume from a run with other results up to its `step`.
 
     Raises:
-        CheckpointError: The checkpoint's recipe differs in a key that can change a result.
+        CheckpointError: The checkpoint's recipe differs in a key that can have changed a result.
     """
-    theirs = dict(_leaves(load_recipe(directory).to_dict()))
-    ours = dict(_leaves(recipe.to_dict()))
+    theirs = dict(_leaves(_until(step, load_recipe(directory)).to_dict()))
+    ours = dict(_leaves(_until(step, recipe).to_dict()))
     differing = [
         f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
         for key in sorted(ours.keys() | theirs.keys())
@@ -199,6 +199,16 @@ def require_same_recipe(directory: Path, recipe: Recipe) -> None:
             f"{'; '.join(differing[:_MOST_NAMED])}{f'; and {rest} more' if rest > 0 else ''}; "
             f"resume with the same recipe, or start without this checkpoint"
         )
+
+
+def _until(step: int, recipe: Recipe) -> Recipe:
+    """Return a recipe without what it changes only after `step`."""
+    optim = recipe.optim
+    past = sum(at < step for at in optim.rescale_at)
+    optim = dataclasses.replace(
+        optim, rescale_at=optim.rescale_at[:past], rescale_by=optim.rescale_by[:past]
+    )
+    return dataclasses.replace(recipe, optim=optim)
 
 
 def without_pretrained(recipe: Recipe) -> Recipe:

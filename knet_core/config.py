@@ -294,7 +294,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and step decay."""
+    """AdamW with linear warm-up, step decay, and whatever else a schedule was found to need."""
 
     lr: float = 1e-4
     """Peak learning rate, for the stated global batch size; never rescaled behind your back."""
@@ -310,6 +310,10 @@ class OptimConfig:
     decay_at: tuple[float, ...] = (8 / 12, 11 / 12)
     """Fractions of the run after which the learning rate is multiplied by `decay_factor`."""
     decay_factor: float = 0.1
+    rescale_at: tuple[int, ...] = ()
+    """Optimizer steps after which the learning rate is multiplied by the factor in the same place
+    of `rescale_by`, beside all else; what a population finds is written so."""
+    rescale_by: tuple[float, ...] = ()
     clip_norm: float = 1.0
     """Largest L2 norm of all gradients together."""
 
@@ -341,6 +345,17 @@ class OptimConfig:
                 all(0 < at < 1 for at in self.decay_at)
                 and list(self.decay_at) == sorted(self.decay_at),
                 f"optim.decay_at: must be increasing fractions in (0, 1), got {self.decay_at}",
+            ),
+            (
+                all(at > 0 for at in self.rescale_at)
+                and list(self.rescale_at) == sorted(set(self.rescale_at)),
+                f"optim.rescale_at: must be increasing steps > 0, got {list(self.rescale_at)}",
+            ),
+            (
+                len(self.rescale_by) == len(self.rescale_at)
+                and all(by > 0 for by in self.rescale_by),
+                f"optim.rescale_by: must be a factor > 0 for each of the {len(self.rescale_at)} "
+                f"steps of optim.rescale_at, got {list(self.rescale_by)}",
             ),
             (self.clip_norm > 0, f"optim.clip_norm: must be > 0, got {self.clip_norm}"),
         )

@@ -55,6 +55,7 @@ def fit(
     on_progress: Callable[[], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     should_save: Callable[[], bool] | None = None,
+    most_evaluations: int | None = None,
 ) -> FitResult:
     """Train, evaluate and save; every worker calls it and gets the same result.
 
@@ -75,6 +76,8 @@ def fit(
         should_save: Asked on every worker, or on none, about every other second between steps; as
             soon as one says yes, the run saves and reports, which changes no result. It says yes
             once for each reason.
+        most_evaluations: After so many, with those before `resume_from`, the run saves, reports
+            and returns as if it had been asked to stop.
 
     Raises:
         ConfigError: The recipe cannot be run on this many workers or with this data.
@@ -94,8 +97,8 @@ def fit(
     state = None
     if resume_from is not None:
         verify_checkpoint(resume_from)
-        require_same_recipe(resume_from, recipe)
         state = read_state(resume_from)
+        require_same_recipe(resume_from, recipe, state.step)
         if state.categories != train_set.categories:
             raise CheckpointError(
                 f"{resume_from}: trained on {len(state.categories)} other categories than the "
@@ -131,6 +134,7 @@ def fit(
         on_progress=on_progress,
         should_stop=should_stop,
         should_save=should_save,
+        most_evaluations=most_evaluations,
     )
     if state is not None and resume_from is not None:
         run.resume(state, resume_from)
@@ -156,6 +160,7 @@ class _Run:
         on_progress: Callable[[], None] | None,
         should_stop: Callable[[], bool] | None,
         should_save: Callable[[], bool] | None,
+        most_evaluations: int | None,
     ) -> None:
         self._recipe = recipe
         self._schedule = schedule
@@ -171,6 +176,7 @@ class _Run:
         self._eval_limit = MemoryLimit(recipe.eval.batch_size)
         self._should_stop = should_stop
         self._should_save = should_save
+        self._most_evaluations = most_evaluations
         self._stopped = False
         self._step = 0
         self._meter = Meter(schedule.batch_size)
@@ -399,7 +405,9 @@ class _Run:
         return on_rank_zero(lambda: age >= self._report_every_seconds)
 
     def _stop_is_asked(self) -> bool:
-        ask = self._should_stop
+        ask, most = self._should_stop, self._most_evaluations
+        if most is not None and len(self._evaluations) >= most:
+            return True
         return ask is not None and on_rank_zero(ask)
 
     def _seconds(self) -> float:

@@ -1,5 +1,6 @@
 """AdamW as the authors use it: a slower backbone, weight decay on everything (also norms)."""
 
+import math
 from itertools import product
 
 import torch
@@ -58,7 +59,7 @@ def _norms_and_positions(model: nn.Module) -> set[nn.Parameter]:
 def lr_factor(step: int, config: OptimConfig, num_iterations: int) -> float:
     """Return the learning rate of a step as a fraction of its peak.
 
-    Linear warm-up times step decay, as in mmcv (KNET_SPEC, section 7).
+    Linear warm-up times step decay, as in mmcv (KNET_SPEC, section 7), times `rescale_by`.
 
     Args:
         step: Optimizer steps already done, 0 for the first.
@@ -66,7 +67,8 @@ def lr_factor(step: int, config: OptimConfig, num_iterations: int) -> float:
         num_iterations: Optimizer steps of the whole run.
     """
     decays = sum(step >= round(at * num_iterations) for at in config.decay_at)
-    factor = config.decay_factor**decays
+    rescales = zip(config.rescale_at, config.rescale_by, strict=True)
+    factor = config.decay_factor**decays * math.prod(by for at, by in rescales if step >= at)
     if step < config.warmup_iterations:
         factor *= 1 - (1 - step / config.warmup_iterations) * (1 - config.warmup_factor)
     return factor

@@ -5,7 +5,7 @@ Runs in the process of the sweep, which alone writes to the tracker.
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray.tune
@@ -14,10 +14,10 @@ from ray.tune.experiment import Trial as TuneTrial
 from knet_platform import attempts
 from knet_platform.budget import Governor
 from knet_platform.errors import StorageError
-from knet_platform.planning import Sweep, Trial
 from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.screening import Screen
 from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.tracking import Tracker, TrialModel, TrialRun
 
 
@@ -41,6 +41,8 @@ class Bridge(ray.tune.Callback):
         """Hashes of trials that the budget was not enough for."""
         self.pruned: set[str] = set()
         """Hashes of trials that the screen leaves unfinished, started or not."""
+        self.waiting: set[str] = set()
+        """Hashes of members of a population that wait for the others of their round."""
         self.left: set[str] = set()
         """Hashes of all other trials that are neither finished nor failed."""
         self.attempts: dict[str, int] = {}
@@ -107,6 +109,9 @@ class Bridge(ray.tune.Callback):
         elif result.get("outcome") == "paused":
             self.paused.add(ours.hash)
             self._stop(ours, "budget reached; it can go on")
+        elif result.get("outcome") == "waiting":
+            self.waiting.add(ours.hash)
+            self._leave(ours)
         elif result.get("outcome") == "pruned":
             self._stop(ours, str(self._pruned[ours.hash]))
 
@@ -167,10 +172,23 @@ class Bridge(ray.tune.Callback):
 
     def interrupt(self) -> None:
         """Close the runs of trials that are not finished; they can go on later."""
-        for trial_hash in self._running:
+        for trial_hash in self._running | self.waiting:
             self._tracker.finish_trial(trial_hash, "KILLED", "interrupted; the sweep can go on")
 
+    def leave(self, unfinished: Collection[str]) -> None:
+        """Take note of trials whose population cannot go on in this run of the sweep."""
+        reason = "waits for others of its population; it can go on"
+        for trial_hash in self.waiting:
+            self._tracker.finish_trial(trial_hash, "KILLED", reason)
+        can_go_on = set(unfinished) - self.failed.keys()
+        (self.left if self.may_start else self.paused).update(can_go_on)
+
+    def note(self, text: str) -> None:
+        """Tell people something about the sweep."""
+        self._progress.note(text)
+
     def _begin(self, trial: Trial, attempt: int) -> None:
+        self.waiting.discard(trial.hash)
         self.attempts[trial.hash] = attempt
         self._running.add(trial.hash)
         if self._governor:

@@ -7,7 +7,7 @@ seconds that trials train, added up.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from knet_platform.planning import Sweep
+from knet_platform.sweep import Sweep
 
 RESERVE_SECONDS = 10.0
 """Of each running trial: it hears that it has to stop with its next report, then saves."""

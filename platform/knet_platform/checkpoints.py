@@ -59,6 +59,22 @@ class Checkpoints:
         verify_checkpoint(source)
         self._files.put_folder(source, self._path(source.name), MANIFEST_FILE)
 
+    def take_over(self, name: str, source: "Checkpoints") -> None:
+        """Copy a checkpoint of another run, and delete all others: there is no way back to them.
+
+        Raises:
+            CheckpointError: It is damaged.
+            DiskFullError: The store is full; what it had is still there.
+        """
+        from knet_core import MANIFEST_FILE, verify_checkpoint
+
+        with source.open(name) as folder:
+            verify_checkpoint(folder)
+            self._files.put_folder(folder, self._path(name), MANIFEST_FILE)
+        for other in self.names():
+            if other != name:
+                self.delete(other)
+
     def names(self) -> list[str]:
         """Return the names of all checkpoints, also unfinished ones, newest first."""
         names = [name for name in self._files.list(self._folder) if _CHECKPOINT.fullmatch(name)]

@@ -47,6 +47,8 @@ class TrialJob:
     """Without a step; 0 waits for ever."""
     retention: dict[str, Any]
     """A `Retention`."""
+    most_evaluations: int | None
+    """After which a member of a population waits for the others; None: it trains to its end."""
     usd_per_hour: float | None
     """What all workers together cost; None where the sweep names no price."""
 
@@ -76,6 +78,9 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
         if not may_go_on(Store(job.store_uri), job.run_id, job.trial_hash):
             _report_stop(store, job.run_id)
             return
+        if _waits(job, store):
+            ray.tune.report({"outcome": "waiting"})
+            return
         attempt = begin(store, job.run_id)
         store.clear_failure()
         # What a driver died with comes now; what is known of it already is skipped.
@@ -88,6 +93,9 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
             if not _goes_on(store, attempt, _told_by_workers(error), policy):
                 return
     verify(store, job.run_id)
+    if not finished and _waits(job, store):
+        ray.tune.report({"outcome": "waiting"})
+        return
     if not finished:
         _report_stop(store, job.run_id)
         return
@@ -95,6 +103,14 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
     ray.tune.report({"outcome": "finished", "points": [final]})
+
+
+def _waits(job: TrialJob, store: TrialStore) -> bool:
+    """Tell whether a member has come to the end of its population's round."""
+    if job.most_evaluations is None:
+        return False
+    state = store.state()
+    return state is not None and len(state.evaluations) >= job.most_evaluations
 
 
 def _points(store: TrialStore) -> list[dict[str, Any]]:

@@ -21,10 +21,10 @@ from knet_platform.pace import (
     num_iterations,
     peak_memory_gb,
 )
-from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
 from knet_platform.screening import screened_out
 from knet_platform.storage import Status, Store, TrialStore
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import Budget
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,10 @@ def sweep_lock(name: str, home: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UsageError(
-                f"sweep {name}: process {file.read().strip() or 'unknown'} is running it in "
+                f"sweep {name}: {file.read().strip() or 'another process'} is running it in "
                 f"{home}; wait for it, or end it and run the same command again"
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")  # home may be shared
         file.flush()
         yield

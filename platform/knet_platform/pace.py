@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from knet_core import ModelConfig, Recipe, data_home, is_address
-from knet_platform.planning import Trial
 from knet_platform.staging import num_train_images
+from knet_platform.sweep import Trial
 from knet_platform.sweep_file import Resources
 
 # Forward pass of K-Net R50 at 800 x 1216, in GFLOP, counted part by part (docs of the paper's

@@ -28,87 +28,18 @@ from knet_platform.config import (
 )
 from knet_platform.errors import PlatformError
 from knet_platform.identity import digest, same_run, trial_hash
+from knet_platform.members import population_note, population_problems, with_members
 from knet_platform.search import Search, SearchSpec, arm_name, ends
 from knet_platform.staging import fingerprint
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import (
     SCALE_KEYS,
     Arm,
     Asha,
-    Budget,
     Metric,
-    Paper,
     Resources,
     SweepReader,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One arm with one seed."""
-
-    sweep: str
-    arm: str
-    seed: int
-    overrides: dict[str, Any]
-    """What the arm sets, as dotted keys, and as `base` the recipe that it names."""
-    recipe: Recipe
-    hash: str
-    """16 hex digits."""
-
-    @property
-    def name(self) -> str:
-        """Return `arm/seed`, the name of the MLflow run."""
-        return f"{self.arm}/{self.seed}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sweep:
-    """A sweep file, checked and expanded."""
-
-    name: str
-    path: Path
-    title: str
-    """First comment line of the file."""
-    metric: Metric
-    baseline: str
-    seeds: tuple[int, ...]
-    arms: tuple[str, ...]
-    paper: Paper | None
-    resources: Resources
-    budget: Budget
-    scheduler: Asha | None = None
-    """Screens the arms with the first seed; None: all run in full."""
-    search: Search | None = None
-    """Adds arms, judged by the first seed."""
-    trials: tuple[Trial, ...]
-    """Seed by seed, so that an interrupted sweep has compared every arm at least once early."""
-    notes: tuple[str, ...] = ()
-    """What a reader of the plan or of the table should know."""
-
-    @property
-    def distinct_trials(self) -> tuple[Trial, ...]:
-        """Return the trials to train: of equal ones the baseline's, else the first."""
-        chosen: dict[str, Trial] = {}
-        for trial in self.trials:
-            if trial.hash not in chosen or trial.arm == self.baseline:
-                chosen[trial.hash] = trial
-        return tuple(chosen.values())
-
-    @property
-    def by_priority(self) -> tuple[Trial, ...]:
-        """Return the trials to train, most important first: seed by seed, the baseline first.
-
-        Every other arm is compared with the baseline of its seed.
-        """
-        arms = {arm: (arm != self.baseline, index) for index, arm in enumerate(self.arms)}
-        seeds = {seed: index for index, seed in enumerate(self.seeds)}
-        return tuple(sorted(self.distinct_trials, key=lambda t: (seeds[t.seed], arms[t.arm])))
-
-    @property
-    def num_trials(self) -> int:
-        """Return how many trials are trained in all, counting those that are not known yet."""
-        to_come = self.search.to_come if self.search else 0
-        return len(self.distinct_trials) + to_come * len(self.seeds)
 
 
 class LargeSweepError(PlatformError):
@@ -169,7 +100,7 @@ def load_sweep(
     spec = reader.search()
     resources = reader.resources("resources", values.get("resources"), Resources())
     budget = reader.budget()
-    scheduler = reader.scheduler()
+    scheduler, population = reader.scheduler(), reader.population()
     chosen = reader.seeds("seeds", values.get("seeds", [0]))
     if scale_path is not None:
         reader = SweepReader(scale_path, scale_values, known=SCALE_KEYS, problems=problems)
@@ -200,9 +131,16 @@ def load_sweep(
         search = _with_ends(search, sections, problems)
     notes: list[str] = []
     if not problems:
-        notes = _merge_notes(path, recipes, baseline, problems) + _scale_notes(arms)
+        alone = {baseline} if population else {}  # equal to a member, it is another run still
+        equal = {arm: recipe for arm, recipe in recipes.items() if arm not in alone}
+        notes = _merge_notes(path, equal, baseline, problems) + _scale_notes(arms)
         for arm, recipe in recipes.items():
             problems.extend(worker_problems(f"{path}: arms.{arm}", recipe, resources))
+        if population is not None:
+            problems.extend(
+                f"{path}: scheduler: pbt: {problem}"
+                for problem in population_problems(recipes, baseline, chosen, search)
+            )
         for end, recipe in search.ends.items() if search else ():
             problems.extend(worker_problems(f"{path}: search.space: {end}", recipe, resources))
     if problems:
@@ -213,6 +151,8 @@ def load_sweep(
     if search is not None:
         notes.append(_search_note(search.spec, chosen[0]))
         search = _with_id(search, metric, chosen[0])
+    if population is not None:
+        notes.append(population_note(population))
     sweep = Sweep(
         name=name,
         path=path,
@@ -225,12 +165,15 @@ def load_sweep(
         resources=resources,
         budget=budget,
         scheduler=scheduler,
+        population=population,
         search=search,
         trials=make_trials(
             name, recipes, {arm: said.stated | said.at_scale for arm, said in arms.items()}, chosen
         ),
         notes=tuple(notes),
     )
+    if population is not None:
+        sweep = with_members(sweep, population)
     if most_trials is not None and count > most_trials:
         raise LargeSweepError(count, sweep)
     return sweep
@@ -288,7 +231,9 @@ def _sample(values: Mapping[str, Any]) -> dict[str, Any]:
     arms = dict(itertools.islice((values.get("arms") or {}).items(), 1))
     changes: dict[str, Any] = {"arms": arms, "grid": cut, "baseline": arm or next(iter(arms))}
     kept = {
-        key: value for key, value in values.items() if key not in ("paper", "scales", "search")
+        key: value
+        for key, value in values.items()
+        if key not in ("paper", "scales", "scheduler", "search")
     }
     return kept | {key: value for key, value in changes.items() if value}
 

@@ -12,8 +12,8 @@ from knet_core import Recipe, Report
 from knet_platform.errors import UsageError
 from knet_platform.forecast import Probe
 from knet_platform.pace import PROCESS_GB
-from knet_platform.planning import Sweep
 from knet_platform.staging import fingerprint, staged
+from knet_platform.sweep import Sweep
 from knet_platform.sweep_file import Resources
 
 WARM_UP = 2

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from knet_platform.metrics import find_metric
-from knet_platform.planning import Sweep, Trial
+from knet_platform.sweep import Sweep, Trial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from knet_platform.pace import num_iterations
-from knet_platform.planning import Sweep, Trial
 from knet_platform.storage import EvaluationLike, Pruned, Store
+from knet_platform.sweep import Sweep, Trial
 
 
 def screens(sweep: Sweep, trial: Trial) -> bool:

@@ -7,22 +7,20 @@ the suggestion that it would have made.
 
 import math
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 import ray.tune
-from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from knet_platform.planning import Sweep, Trial
+from knet_platform.queueing import Queue
 from knet_platform.screening import screened_out
 from knet_platform.search import Dimension, SearchSpec, arm_name
 from knet_platform.storage import Store
 from knet_platform.suggestions import record, with_suggestions
+from knet_platform.sweep import Sweep, Trial
 
 _VALUE = "value"
 
@@ -87,7 +85,7 @@ def _domain(dimension: Dimension) -> Any:
     )
 
 
-class Suggester(Searcher):
+class Suggester(Queue):
     """Hands Tune the trials of a search: known ones without a result first, then new ones."""
 
     def __init__(
@@ -110,44 +108,16 @@ class Suggester(Searcher):
             reuse: Told of suggestions that had a result before.
             may_suggest: Whether there is money for further suggestions.
         """
-        super().__init__()
+        super().__init__(todo, start)
         self.sweep = sweep
         """Grows with every suggestion."""
-        self._todo = deque(todo)
         self._store = store
-        self._start = start
         self._reuse = reuse
         self._may_suggest = may_suggest
-        self._running: dict[str, Trial] = {}
         self._known: dict[str, Point | None] = {}
         """By trial hash; None for failures."""
 
-    def suggest(self, trial_id: str) -> Any:
-        """Return the configuration of the next trial."""
-        trial = self._todo.popleft() if self._todo else self._new()
-        if trial is None:
-            return Searcher.FINISHED
-        self._running[trial_id] = trial
-        return self._start(trial)
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Look at a trial's result when the next suggestion is made."""
-        del self._running[trial_id]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune saves its searchers for a restoration that never happens."""
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Leave an empty file, where Tune expects one."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: Tune is never restored."""
-
-    def _new(self) -> Trial | None:
+    def further(self) -> Trial | None:
         """Return a new suggestion's trial; None when the search is over."""
         while (search := self.sweep.search) and search.to_come and self._may_suggest():
             points = [point for item in search.suggested if (point := self._point(item))]
@@ -173,7 +143,7 @@ class Suggester(Searcher):
         trial = self._trial(settings)
         if trial is None:
             return None
-        if any(trial.hash == other.hash for other in self._running.values()):
+        if any(trial.hash == other.hash for other in self.running.values()):
             return Point(settings=settings, value=None)
         if trial.hash not in self._known:
             self._known[trial.hash] = read_point(self.sweep, self._store, trial, settings)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from knet_platform import attempts
 from knet_platform.forecast import PlannedTrial, look_up, make_forecast
-from knet_platform.planning import Sweep, Trial
 from knet_platform.prices import Price
 from knet_platform.storage import EvaluationLike, Store, TrialResult
+from knet_platform.sweep import Sweep, Trial
 
 QUIET_SECONDS = 300.0
 """After so long without a word a trial no longer counts as running: an evaluation takes time."""

@@ -4,7 +4,8 @@ Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.
 pruned.json, failures/<number>.json, curves/<step>.json, checkpoint_<step>/, ...}`; this folder is
 also Ray Train's run folder. What is below `checkpoint_<step>/`: see `checkpoints`.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
-search has suggested (`suggestions`), `<uri>/sweeps/<name>/` where to read on about one (`links`).
+search has suggested (`suggestions`), `<uri>/sweeps/<name>/` where to read on about one (`links`),
+`<uri>/populations/<id>/` who copied whom (`population`).
 Every file appears whole or not at all (`files`).
 """
 
@@ -16,13 +17,15 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import yaml
+
 from knet_platform.checkpoints import Checkpoints, Retention, step_of
 from knet_platform.errors import StorageError
 from knet_platform.files import Files, open_files
-from knet_platform.provenance import Provenance
+from knet_platform.provenance import Provenance, with_absolute_root
 
 if TYPE_CHECKING:
-    from knet_core import CheckpointState
+    from knet_core import CheckpointState, Recipe
 
 Status = Literal["finished", "partial", "failed", "new"]
 Cause = Literal[
@@ -42,6 +45,8 @@ FAILURES = "failures"
 """Folder of a trial that takes its failures and what explains them."""
 CURVES = "curves"
 """Folder of a trial that takes all points of its curves."""
+SCHEDULE = "schedule.yaml"
+"""Recipe that a member of a population follows by now, from the beginning."""
 
 _FAILURE = re.compile(r"(\d+)\.json")
 
@@ -163,6 +168,10 @@ class Store:
         """Return the part that keeps what is known of a whole sweep (`links`)."""
         return TrialStore(self._files, f"sweeps/{name}")
 
+    def population(self, population_id: str) -> "TrialStore":
+        """Return the part that keeps which member of a population copied which."""
+        return TrialStore(self._files, f"populations/{population_id}")
+
     def hashes(self) -> list[str]:
         """Return the hashes of all trials that were ever started, sorted."""
         return self.run_folder().list("trials")
@@ -265,7 +274,15 @@ class TrialStore:
         if provenance is None:
             return {}
         names = ["provenance.json", *(["patch.diff"] if provenance.patch else [])]
+        names += [SCHEDULE] if SCHEDULE in self.list() else []
         return {name: self.read_bytes(name) for name in names}
+
+    def write_schedule(self, recipe: "Recipe") -> None:
+        """Record the recipe that a member of a population follows by now, from the beginning."""
+        self.write_bytes(SCHEDULE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+        if provenance := self.provenance():
+            values = with_absolute_root(recipe).to_dict()
+            self._write_json("provenance.json", asdict(replace(provenance, recipe=values)))
 
     def write_machine(self, *, threads: int, accelerator: dict[str, str] | None) -> None:
         """Add to the provenance what the first worker trains on, once it is known."""

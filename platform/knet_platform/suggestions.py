@@ -11,9 +11,10 @@ from typing import Any
 
 from knet_core import ConfigError, Recipe
 from knet_platform.errors import StorageError
-from knet_platform.planning import Sweep, make_trials, worker_problems
+from knet_platform.planning import make_trials, worker_problems
 from knet_platform.search import arm_name
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep
 
 _FILE = "suggestions.json"
 

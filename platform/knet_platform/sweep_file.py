@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -102,6 +102,20 @@ class Asha:
     """Share of a run before which nothing is stopped."""
     reduction_factor: float = 3
     """About one in so many trials passes a milestone; each lies so many times later in the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pbt:
+    """Population based training (Jaderberg et al., arXiv:1711.09846) of the learning rate."""
+
+    evaluations: int = 1
+    """Of each member from one round to the next."""
+    quantile: float = 0.25
+    """Share of the members that is replaced after a round by copies of as many best ones."""
+    factor: float = 1.25
+    """A copy's learning rate is multiplied or divided by it."""
+    seed: int = 0
+    """Of which best one is copied, and whether its rate grows or shrinks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,13 +325,9 @@ class SweepReader:
         values = given if isinstance(given, dict) else {"name": given}
         name = values.get("name")
         if name == "pbt":
-            self._wrong(
-                "scheduler",
-                "pbt changes a run's recipe under way, so it has none that could be hashed or "
-                "repeated; expected fifo or asha, with search: over what a schedule depends on",
-            )
-        elif name not in ("fifo", "asha"):
-            self._wrong("scheduler", f"expected fifo or asha, got {name!r}")
+            return None  # see `population`
+        if name not in ("fifo", "asha"):
+            self._wrong("scheduler", f"expected fifo, asha or pbt, got {name!r}")
         if name != "asha":
             self._unknown(values, ("name",), "scheduler.")
             return None
@@ -332,6 +342,28 @@ class SweepReader:
             self._wrong("scheduler.reduction_factor", f"expected a number > 1, got {factor!r}")
             del good["reduction_factor"]
         return Asha(**good)
+
+    def population(self) -> Pbt | None:
+        """Return how the arms train as a population; None where each trains by itself."""
+        given = self._values.get("scheduler")
+        values = given if isinstance(given, dict) else {"name": given}
+        if values.get("name") != "pbt":
+            return None
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "evaluations": (lambda x: type(x) is int and x >= 1, "an integer >= 1"),
+            "quantile": (lambda x: _is_number(x) and 0 < x <= 0.5, "a share > 0, at most 0.5"),
+            "factor": (lambda x: _is_number(x) and x > 1, "a number > 1"),
+            "seed": (lambda x: type(x) is int and x >= 0, "an integer >= 0"),
+        }
+        self._unknown(values, ("name", *rules), "scheduler.")
+        good: dict[str, Any] = {}
+        for key in values.keys() & rules.keys():
+            is_right, expected = rules[key]
+            if is_right(values[key]):
+                good[key] = values[key]
+            else:
+                self._wrong(f"scheduler.{key}", f"expected {expected}, got {values[key]!r}")
+        return Pbt(**good)
 
     def search(self) -> SearchSpec | None:
         """Return the open-ended search; None without one."""

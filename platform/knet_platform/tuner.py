@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,19 +29,23 @@ from knet_platform.forecast import look_up
 from knet_platform.home import cache_folder, cache_gb
 from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
-from knet_platform.planning import Sweep, Trial
+from knet_platform.population import Population
 from knet_platform.prices import Price
 from knet_platform.progress import Progress
 from knet_platform.provenance import capture, with_absolute_root
+from knet_platform.queueing import Queue
 from knet_platform.report import Report, build_report, write_report
 from knet_platform.screening import Screen, screened_out, screens
 from knet_platform.source import read_source
 from knet_platform.storage import Evaluation, Pruned, Store
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.tracking import SweepRun, Tracker, TrialModel, TrialRun
 from knet_platform.tracking.protocol import Status
 
 DRIVER_RESTARTS = 2
 """Times that a driver process which dies is started again."""
+CLAIMS = 16
+"""Claims of trials that are written at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,15 +165,19 @@ def _run_unfinished(
                 todo += [
                     t for t in sweep.by_priority if added.get(t.hash, "finished") != "finished"
                 ]
+            elif sweep.population:
+                tune.evolve(Population(sweep, store), todo)
             elif screen:
                 tune.run([trial for trial in todo if screens(sweep, trial)])
             pruned = _pruned(sweep, store)
             judged = bool(screen or sweep.search)
             rest = [t for t in todo if not (judged and t.seed == sweep.seeds[0])]
+            if sweep.population:
+                rest = []
             tune.run([t for t in rest if t.hash not in pruned])
     bridge.pruned = set(pruned)
     for trial in todo:
-        known = trial.hash in bridge.failed.keys() | bridge.paused | bridge.pruned
+        known = trial.hash in bridge.failed.keys() | bridge.paused | bridge.pruned | bridge.left
         if not known and store.trial(trial.hash).status() != "finished":
             bridge.failed[trial.hash] = "ended without a result; run the same command again"
     bridge.left |= bridge.paused
@@ -216,28 +225,52 @@ class _Tune:
         self._trainable = trainable
         self._slots = trial_slots(sweep.resources)
         self._source = read_source()
+        self._population: Population | None = None
 
     def run(self, todo: Sequence[Trial]) -> None:
         """Run these, in their order."""
         if not todo:
             return
-        jobs = [self._job(trial) for trial in todo]
+        self._claim(todo)
         most = self._sweep.resources.max_concurrent
         # One driver more than can train: it loads while another trains, and waits for its workers.
         concurrent = most if most is not None and most <= self._slots else self._slots + 1
-        self._fit(concurrent, param_space={"job": ray.tune.grid_search(jobs)})
+        self._fit(concurrent, Queue(todo, lambda trial: {"job": self._job(trial)}))
+
+    def evolve(self, population: Population, todo: Collection[Trial]) -> None:
+        """Run `todo`, its members round by round until they are finished or one cannot go on."""
+        names = {trial_hash: trial.name for trial_hash, trial in population.members.items()}
+        self._population = population
+        ready = [trial for trial in todo if trial.hash not in names]
+        while True:
+            population.spread()
+            waiting = [trial for trial in population.waiting() if trial in todo]
+            self.run([*ready, *(t for t in waiting if t.hash not in self._bridge.failed)])
+            ready, copies = [], population.judge()
+            if copies is None:
+                break
+            for copy in copies:
+                self._bridge.note(
+                    f"{names[copy.member]}  copies {names[copy.source]} at step {copy.step}, "
+                    f"learning rate x {copy.factor:.4g}"
+                )
+        self._bridge.leave([t.hash for t in todo if self._store.trial(t.hash).result() is None])
 
     def search(self, todo: Sequence[Trial], reuse: Callable[[Trial], None]) -> Sweep:
         """Run the first seed of `todo` and what the search suggests; return the sweep with it."""
         from knet_platform.searching import Suggester  # loads optuna, which few sweeps need
 
         def start(trial: Trial) -> dict[str, Any]:
-            self._bridge.add(trial)
+            if trial.hash not in self._bridge.attempts:  # a suggestion
+                self._bridge.add(trial)
+                self._claim([trial])
             return {"job": self._job(trial)}
 
+        first = [trial for trial in todo if trial.seed == self._sweep.seeds[0]]
+        self._claim(first)
         suggester = Suggester(
             self._sweep,
-            [trial for trial in todo if trial.seed == self._sweep.seeds[0]],
+            first,
             self._store,
             start=start,
             reuse=reuse,
@@ -245,22 +278,38 @@ class _Tune:
         )
         # A suggestion made before there is room for it would know less.
         concurrent = min(self._slots, self._sweep.resources.max_concurrent or self._slots)
-        self._fit(concurrent, search_alg=suggester, num_samples=-1)
+        self._fit(concurrent, suggester)
         return suggester.sweep
+
+    def _claim(self, trials: Sequence[Trial]) -> None:
+        """Make trials belong to this run: what another has left of them stops."""
+
+        def claim(trial: Trial) -> int:
+            return attempts.claim(self._store.trial(trial.hash), self._bridge.run_id)
+
+        with ThreadPoolExecutor(CLAIMS) as pool:  # each waits for the disk, or for a bucket
+            counts = list(pool.map(claim, trials))
+        hashes = (trial.hash for trial in trials)
+        self._bridge.attempts.update(zip(hashes, counts, strict=True))
 
     def _job(self, trial: Trial) -> dict[str, Any]:
         """Make a trial ready to run and return its `TrialJob`."""
         resources, price, run_id = self._sweep.resources, self._price, self._bridge.run_id
         folder = self._store.trial(trial.hash)
-        self._bridge.attempts[trial.hash] = attempts.claim(folder, run_id)
+        recipe, most_evaluations = trial.recipe, None
+        if self._population and trial.hash in self._population.members:
+            recipe = self._population.recipes()[trial.hash]
+            most_evaluations = self._population.evaluations
         folder.clear_pruned()
         provenance = folder.provenance()
         if provenance is None:
-            provenance = capture(trial.recipe, workers=resources.workers, source=self._source)
+            provenance = capture(recipe, workers=resources.workers, source=self._source)
             folder.write_provenance(provenance, self._source.patch)
+        if most_evaluations is not None:
+            folder.write_schedule(recipe)
         job = TrialJob(
             trial_hash=trial.hash,
-            recipe=with_absolute_root(trial.recipe).to_dict(),
+            recipe=with_absolute_root(recipe).to_dict(),
             data_fingerprint=provenance.data_fingerprint,
             cache={"folder": str(cache_folder()), "gb": cache_gb()},
             store_uri=self._store.uri,
@@ -274,26 +323,25 @@ class _Tune:
                 "mode": self._sweep.metric.mode,
                 "best": resources.keep_best,
             },
+            most_evaluations=most_evaluations,
             usd_per_hour=price.usd_per_hour if price and not price.assumed else None,
         )
         return asdict(job)
 
-    def _fit(
-        self, concurrent: int, *, param_space: dict[str, Any] | None = None, **search: Any
-    ) -> None:
+    def _fit(self, concurrent: int, trials: Queue) -> None:
         # Tune may still be writing there when the run is interrupted.
         with tempfile.TemporaryDirectory(
             prefix="knet-tune-", ignore_cleanup_errors=True
         ) as scratch:
             ray.tune.Tuner(
                 ray.tune.with_resources(self._trainable, HEAD),
-                param_space=param_space,
                 tune_config=ray.tune.TuneConfig(
                     max_concurrent_trials=concurrent,
                     reuse_actors=True,  # a driver has loaded torch; the next need not
                     trial_name_creator=hash_of,
                     trial_dirname_creator=hash_of,
-                    **search,
+                    search_alg=trials,
+                    num_samples=-1,  # as many as there are
                 ),
                 run_config=ray.tune.RunConfig(
                     name=self._sweep.name,

@@ -32,8 +32,8 @@ def train_worker(config: dict[str, Any]) -> tuple[str, bool]:
 
     Args:
         config: `recipe` (plain values), `data_fingerprint`, `cache`, `store_uri`, `trial_hash`,
-            `run_id`, `attempt`, `images_at_once` (None: as the recipe asks), `retention` and
-            `hang_minutes`.
+            `run_id`, `attempt`, `images_at_once` (None: as the recipe asks), `most_evaluations`
+            (None: all), `retention` and `hang_minutes`.
 
     Returns:
         The device's name, and whether the trial came to its end.
@@ -96,6 +96,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> tuple[str, bool]:
                 on_progress=watchdog.beat,
                 should_stop=lambda: not may_go_on(everything, run_id, trial_hash),
                 should_save=notices.take,
+                most_evaluations=config["most_evaluations"],
             )
             reporter.finish()
         except NonFiniteError as error:

@@ -245,9 +245,9 @@ def test_a_recipe_with_an_unknown_key_is_of_another_version(saved):
 def test_only_a_recipe_with_the_same_results_may_resume(saved, tiny_recipe):
     recipe = tiny_recipe()
     data = dataclasses.replace(recipe.data, num_workers=3, root="elsewhere")
-    require_same_recipe(saved, dataclasses.replace(recipe, data=data))
+    require_same_recipe(saved, dataclasses.replace(recipe, data=data), 1)
     with pytest.raises(CheckpointError) as error:
-        require_same_recipe(saved, tiny_recipe(model={"stages": 1}, optim={"lr": 0.5}))
+        require_same_recipe(saved, tiny_recipe(model={"stages": 1}, optim={"lr": 0.5}), 1)
     message = one_line(error)
     assert "model.stages is 2 there, 1 here" in message
     assert "optim.lr is 0.0001 there, 0.5 here" in message

@@ -174,6 +174,31 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(
     assert reproducible(resumed.metrics) == reproducible(whole.metrics)
 
 
+def test_another_run_goes_on_from_a_checkpoint_with_another_rate_as_if_it_were_its_own(
+    tiny_recipe, tmp_path
+):
+    """A member of a population that copies another is a run of the schedule it has followed."""
+
+    def recipe(at, by):
+        optim = {"warmup_iterations": 0, "rescale_at": at, "rescale_by": by}
+        return tiny_recipe(iterations=6, eval_every=2, optim=optim)
+
+    copied = recipe((2,), (3.0,))
+    rested = fit(copied, output_dir=tmp_path / "copied", most_evaluations=2)
+    assert (rested.finished, rested.step) == (False, 4)
+    found = recipe((2, 4), (3.0, 0.5))
+    member = fit(found, output_dir=tmp_path / "member", resume_from=rested.checkpoint)
+    replayed = fit(found, output_dir=tmp_path / "replayed", most_evaluations=3)
+    assert replayed.finished
+    ours, theirs = (
+        load_file(result.checkpoint / "model.safetensors") for result in (member, replayed)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert reproducible(member.metrics) == reproducible(replayed.metrics)
+    with pytest.raises(CheckpointError, match=r"optim\.rescale_by is \[3\.0\] there"):
+        fit(recipe((2,), (2.0,)), output_dir=tmp_path / "no", resume_from=rested.checkpoint)
+
+
 def test_a_save_between_two_points_changes_nothing(tiny_recipe, tmp_path):
     """Bit for bit, and the point that it falls into is averaged over all its steps."""
     recipe = tiny_recipe(iterations=6, eval_every=6, log_every=4)

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 
-from knet_core import OptimConfig, build_model
+from knet_core import ConfigError, OptimConfig, build_model
 from knet_core.data import Category
 from knet_core.optim import build_optimizer, lr_factor, set_learning_rate
 
@@ -35,6 +37,27 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
 def test_a_run_shorter_than_the_warm_up_still_decays():
     config = OptimConfig(warmup_iterations=100, warmup_factor=0.5)
     assert lr_factor(9, config, 10) == pytest.approx((1 - 0.91 * 0.5) * 0.01)
+
+
+def test_a_rate_is_rescaled_from_a_step_on_beside_all_else():
+    config = OptimConfig(rescale_at=(500, 60_000), rescale_by=(2.0, 0.25))
+    for step, by in ((499, 1.0), (500, 2.0), (59_999, 2.0), (60_000, 0.5), (89_999, 0.5)):
+        expected = lr_factor(step, PUBLISHED, LENGTH) * by
+        assert lr_factor(step, config, LENGTH) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("at", "by", "problem"),
+    [
+        ((5, 5), (1.0, 1.0), "optim.rescale_at: must be increasing steps > 0"),
+        ((0,), (1.0,), "optim.rescale_at: must be increasing steps > 0"),
+        ((5,), (), "optim.rescale_by: must be a factor > 0 for each of the 1 steps"),
+        ((5,), (0.0,), "optim.rescale_by: must be a factor > 0"),
+    ],
+)
+def test_rescaling_that_means_nothing_is_refused(at, by, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        OptimConfig(rescale_at=at, rescale_by=by)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What a finished trial leaves, for tests that need no training."""
 
+import json
 import os
 import socket
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from knet_platform.storage import TrialResult
+from knet_platform.storage import TrialResult, TrialStore
 
 Meddle = Callable[[str, int], bytes | None]
 """See `Proxy`."""
@@ -38,6 +39,24 @@ def finished() -> Callable[..., TrialResult]:
         return replace(_RESULT, trial_hash=trial_hash, **changes)
 
     return make
+
+
+@pytest.fixture
+def save() -> Callable[[TrialStore, int, float], None]:
+    """Return a function that gives a trial a checkpoint of a step, evaluated every ten."""
+
+    def save(store: TrialStore, step: int, ap: float) -> None:
+        evaluations = [
+            {"step": at, "time": 0.0, "metrics": {"val/AP": ap}} for at in range(10, step + 1, 10)
+        ]
+        state = {
+            "format": 1, "step": step, "epoch": 1.0, "categories": [], "metrics": {},
+            "evaluations": evaluations, "seconds": 1.0, "num_parameters": 1,
+        }  # fmt: skip
+        for name in ("model.safetensors", "trainer.pt", "recipe.yaml", "state.json"):
+            store.write_bytes(f"checkpoint_{step}/{name}", json.dumps(state).encode())
+
+    return save
 
 
 class Proxy:

@@ -8,10 +8,11 @@ import pytest
 
 from knet_platform import attempts
 from knet_platform.bridge import Bridge
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.progress import PlainProgress
 from knet_platform.screening import Screen
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep
 from knet_platform.tracking import MemoryTracker
 
 SWEEP = """\

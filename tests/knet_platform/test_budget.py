@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from knet_platform.budget import RESERVE_SECONDS, Governor, limit_seconds
-from knet_platform.planning import Sweep
+from knet_platform.sweep import Sweep
 from knet_platform.sweep_file import Budget, Metric, Resources
 
 

@@ -1,7 +1,13 @@
-"""Of several workers' errors the one that explains the others is named; which cluster is ours."""
+"""Which of several errors is named, how short memory is met, and which cluster is ours."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import ray.tune
+from ray._private import services
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -9,9 +15,18 @@ from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
 )
+from ray.train.v2._internal.state.util import is_actor_alive
 
-from knet_core import DataError
-from knet_platform.driver import _name_cluster, _one_line, _told_by_workers
+from knet_core import DataError, TrainingMemoryError
+from knet_platform import attempts
+from knet_platform.driver import (
+    TrialJob,
+    _name_cluster,
+    _one_line,
+    _told_by_workers,
+    run_trial,
+)
+from knet_platform.storage import Store, TrialStore
 
 SYMPTOM = UserExceptionWithTraceback(RuntimeError("connection closed\nby peer"), "traceback")
 DEATH = WorkerHealthCheckFailedError("a check failed", RayActorError())
@@ -38,12 +53,61 @@ def test_a_controllers_failure_is_its_cause() -> None:
     )
 
 
+def test_how_little_memory_a_result_took_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path)).trial("0123456789abcdef")
+    attempts.claim(store, "run")
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", reported.append)
+    state = {
+        "format": 1, "step": 8, "epoch": 1.0, "categories": [], "metrics": {"val/AP": 0.5},
+        "evaluations": [], "seconds": 1.0, "num_parameters": 1,
+    }  # fmt: skip
+
+    def train(
+        job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None
+    ) -> tuple[str, bool]:
+        if images_at_once != 1:
+            raise TrainingMemoryError("no memory", 1 if images_at_once == 2 else 2)
+        for name in ("model.safetensors", "trainer.pt", "recipe.yaml", "state.json"):
+            store.write_bytes(f"checkpoint_8/{name}", json.dumps(state).encode())
+        return "cpu", True
+
+    job = {
+        "trial_hash": "0123456789abcdef", "recipe": {}, "store_uri": str(tmp_path),
+        "run_id": "run", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0,
+        "hang_minutes": 0, "retention": {}, "most_evaluations": None, "usd_per_hour": None,
+    }  # fmt: skip
+    run_trial({"job": job}, train=train)
+    result = store.result()
+    assert result is not None
+    assert result.micro_batch == 1
+    assert [item.get("attempt") for item in reported] == [1, None, 2, None, 3, None]
+    assert reported[-1]["outcome"] == "finished"
+
+
 @pytest.mark.ray
 def test_ray_trains_processes_are_told_which_cluster_is_theirs(
     ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else they ask the machine's newest cluster, which knows no controller of ours."""
     monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    asked: list[str | None] = []
+    look_up = services.canonicalize_bootstrap_address_or_die
+
+    def note(address: str | None, *arguments: Any) -> str:
+        asked.append(address)
+        return look_up(address, *arguments)
+
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address_or_die", note)
     _name_cluster()
-    there = get_env_vars_to_propagate()["RAY_ADDRESS"]
-    assert there == ray.get_runtime_context().gcs_address
+    ours = ray.get_runtime_context().gcs_address
+    assert get_env_vars_to_propagate()["RAY_ADDRESS"] == ours
+    # As the one who watches for a controller's death does, to end its workers.
+    controller = ray.remote(num_cpus=0)(dict).remote()
+    ray.get(controller.__ray_ready__.remote())
+    assert is_actor_alive(controller._actor_id.hex(), timeout=30)
+    assert asked == [ours]
+    ray.kill(controller)

@@ -11,7 +11,7 @@ from knet_platform.pace import (
     num_iterations,
     peak_memory_gb,
 )
-from knet_platform.planning import Trial
+from knet_platform.sweep import Trial
 from knet_platform.sweep_file import Resources
 
 RECIPE = Recipe(train=TrainConfig(iterations=100))

@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as Bars
 
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.progress import BarProgress, Moment, PlainProgress
+from knet_platform.sweep import Sweep
 
 MOMENT = Moment(step=150, total=300, loss=1.23456, metric=0.1234)
 

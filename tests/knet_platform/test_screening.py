@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from knet_platform.planning import Sweep, Trial, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.screening import Screen, screened_out
 from knet_platform.storage import Evaluation, Pruned, Store, TrialResult
+from knet_platform.sweep import Sweep, Trial
 
 RECIPE = "data: {format: shapes}\ntrain: {iterations: 100, batch_size: 4}\n"
 SWEEP = """\

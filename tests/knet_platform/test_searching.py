@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from ray.tune.search import Searcher
 
-from knet_platform.planning import Sweep, Trial, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.search import Dimension, SearchSpec
 from knet_platform.searching import Point, Suggester, propose, read_point
 from knet_platform.storage import Pruned, Store, TrialResult
 from knet_platform.suggestions import recall, with_suggestions
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import Asha
 
 LR = Dimension(kind="log_uniform", values=(1e-5, 1e-1))

@@ -4,11 +4,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -17,11 +17,11 @@ from mlflow.entities import Run
 from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.planning import Sweep, Trial, load_sweep, trial_hash
-from knet_platform.prices import Price
-from knet_platform.progress import Moment, PlainProgress
-from knet_platform.storage import Store
-from knet_platform.sweep_file import Budget
+from knet_platform.identity import trial_hash
+from knet_platform.planning import load_sweep
+from knet_platform.progress import PlainProgress
+from knet_platform.storage import Evaluation, Store, TrialResult
+from knet_platform.sweep import Sweep
 from knet_platform.tracking import MemoryTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -63,10 +63,10 @@ class Done:
     def store(self) -> Store:
         return Store(str(self.home / "storage"))
 
-    def runs(self) -> dict[str, Run]:
+    def runs(self, sweep: str = "tiny") -> dict[str, Run]:
         """MLflow runs by name; fails if a name occurs twice."""
         client = MlflowClient(f"sqlite:///{self.home}/mlflow.db")
-        experiment = client.get_experiment_by_name("tiny")
+        experiment = client.get_experiment_by_name(sweep)
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id])
         named = {run.info.run_name: run for run in runs}
@@ -117,6 +117,7 @@ def test_a_failed_trial_does_not_stop_the_others(done: Done) -> None:
     failure = done.store.trial(failed["trial_hash"]).failure()
     assert failure is not None
     assert failure.message == failed["reason"]
+    assert (failure.cause, failure.action) == ("configuration", "stopped the arm")
     assert failure.attempt == 1  # what explains itself is not tried again
     run = done.runs()["broken/0"]
     assert run.info.status == "FAILED"
@@ -230,49 +231,40 @@ def test_only_failed_trials_are_retried(
     assert "new/0" not in captured.err
 
 
-def test_a_spent_budget_stops_the_sweep_and_a_higher_one_continues_it(
-    done: Done, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_that_is_told_to_stop_saves_and_goes_on_later(
+    done: Done, finished: Callable[..., TrialResult]
 ) -> None:
-    """A dollar a second, and an hour that passes when a trial reports its first steps."""
-    from knet_platform import bridge
-    from knet_platform.tuner import run_sweep
+    """The screen compares it with a run that was good at once, so it is pruned."""
+    path = done.folder / "told.yaml"
+    screen = "scheduler: {name: asha, grace: 0.2, reduction_factor: 2}\n"
+    arms = 'arms:\n  "2": {}\n  hopeless: {model.stages: 1, optim.lr: 1.0e-12}\n'
+    head = SWEEP.partition("arms:")[0].replace("name: tiny", "name: told")
+    resources = "resources: {workers: 2}\n"
+    path.write_text(head + arms + resources + screen)
+    long = ["train.iterations=120", "train.eval_every=10", "train.log_every=5"]
+    good, hopeless = (trial.hash for trial in load_sweep(path, overrides=long).trials)
+    best = Evaluation(step=30, time=0.0, metrics={"val/AP": 1.0})
+    done.store.trial(good).write_result(finished(good, step=120, evaluations=(best,)))
+    store = done.store.trial(hopeless)
 
-    long = SWEEP.replace('"1": {model.stages: 1}', '"1": {train.iterations: 4000}')
-    long = long.replace('"2": {model.stages: 2}', '"2": {train.iterations: 4001}')
-    long = long.replace("{workers: 2}", "{workers: 2, max_concurrent: 1}")
-    path = done.folder / "budget.yaml"
-    path.write_text(long)
-    sweep = load_sweep(path, overrides=["train.eval_every=5000"])
-    price = Price(
-        usd_per_hour=3600.0, trials_per_instance=1.0, gpu="", gpu_memory_gb=0.0,
-        basis="a dollar a second", assumed=False,
-    )  # fmt: skip
-    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(bridge, "time", clock)
+    assert main(["run", str(path), *long]) == 0
+    pruned, state = store.pruned(), store.state()
+    assert pruned is not None
+    assert pruned.step == 30
+    assert state is not None  # it saved when it was stopped
+    assert 30 <= state.step < 120
+    assert store.result() is None
 
-    class Progress(PlainProgress):
-        def update(self, trial: Trial, moment: Moment) -> None:
-            clock.now += 3600
-
-    def run(usd: float) -> list[str]:
-        limited = replace(sweep, budget=Budget(usd=usd))
-        progress = Progress(limited, finished=0)
-        tracker = MemoryTracker()
-        outcome = run_sweep(limited, done.store, tracker, progress, home=done.home, price=price)
-        assert not outcome.finished
-        assert not outcome.failed
-        return [trial.arm for trial in outcome.paused]
-
-    assert run(1800.0) == ["1", "2"]
-    baseline, other = (done.store.trial(sweep.trials[index].hash) for index in (1, 0))
-    first = baseline.state()
-    assert first is not None  # it saved when it was stopped
-    assert 0 < first.step < 4000
-    assert other.status() == "new"  # the baseline comes first, nothing started after it
-    assert run(1800.0 + first.seconds) == ["1", "2"]
-    second = baseline.state()
-    assert second is not None
-    assert second.step > first.step
+    path.write_text(head + arms + resources)
+    assert main(["run", str(path), *long]) == 0
+    result = store.result()
+    assert result is not None
+    assert result.step == 120
+    run = done.runs("told")["hopeless/0"]
+    assert run.data.tags["attempt"] == "2"
+    client = MlflowClient(f"sqlite:///{done.home}/mlflow.db")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(5, 121, 5))
 
 
 def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:
@@ -289,7 +281,7 @@ def test_a_second_run_of_the_same_sweep_is_refused_while_the_first_lives(tmp_pat
 
     with (
         sweep_lock("tiny", tmp_path),
-        pytest.raises(UsageError, match=f"process {os.getpid()}"),
+        pytest.raises(UsageError, match=f"process {os.getpid()} on {socket.gethostname()}"),
         sweep_lock("tiny", tmp_path),
     ):
         pass

@@ -17,10 +17,10 @@ from knet_platform.forecast import (
 )
 from knet_platform.home import storage_uri
 from knet_platform.pace import Estimate
-from knet_platform.planning import Sweep
 from knet_platform.search import Search
 from knet_platform.storage import Store
 from knet_platform.suggestions import recall
+from knet_platform.sweep import Sweep
 
 if TYPE_CHECKING:
     from rich.table import Table

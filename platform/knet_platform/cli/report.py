@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from knet_platform.errors import UsageError
 from knet_platform.home import UNTRACKED, knet_home, storage_uri, tracking_uri
-from knet_platform.planning import Sweep, Trial, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.suggestions import recall
+from knet_platform.sweep import Sweep, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,9 +21,9 @@ from knet_platform.home import (
     storage_uri,
     tracking_uri,
 )
-from knet_platform.planning import Sweep
 from knet_platform.storage import Store
 from knet_platform.suggestions import recall
+from knet_platform.sweep import Sweep
 
 if TYPE_CHECKING:
     from knet_platform.tracking import JournaledTracker

@@ -9,9 +9,10 @@ from pathlib import Path
 from knet_platform.checkpoints import Retention
 from knet_platform.errors import UsageError
 from knet_platform.home import storage_uri
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.storage import Store, TrialStore
 from knet_platform.suggestions import recall
+from knet_platform.sweep import Sweep
 
 EXAMPLES = """\
 examples:

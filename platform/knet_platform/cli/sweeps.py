@@ -7,8 +7,9 @@ from pathlib import Path
 
 from knet_platform.errors import UsageError
 from knet_platform.pace import Pace
-from knet_platform.planning import LargeSweepError, Sweep, load_sweep
+from knet_platform.planning import LargeSweepError, load_sweep
 from knet_platform.prices import Price, price_of, read_prices
+from knet_platform.sweep import Sweep
 
 MOST_TRIALS = 5000
 """Larger sweeps are asked about: a grid of six axes is quickly written."""

@@ -18,10 +18,10 @@ from rich.text import Text
 from knet_platform.cli.sweeps import add_sweep_arguments, load_priced_sweep
 from knet_platform.home import storage_uri
 from knet_platform.metrics import METRICS, MetricInfo, find_metric
-from knet_platform.planning import Sweep
 from knet_platform.standing import Standing, State, TrialStanding, Watch, mean
 from knet_platform.storage import Store
 from knet_platform.suggestions import recall
+from knet_platform.sweep import Sweep
 
 EXAMPLES = """\
 examples:

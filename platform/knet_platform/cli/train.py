@@ -18,9 +18,9 @@ from knet_platform.errors import InterruptedSweepError
 from knet_platform.home import knet_home, require_writable, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.metrics import MAIN_METRIC
-from knet_platform.planning import Sweep, Trial
 from knet_platform.staging import fingerprint, staged
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import Budget, Metric, Resources
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from knet_platform.config import flatten
-from knet_platform.planning import Sweep
+from knet_platform.sweep import Sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from knet_platform.planning import Sweep, Trial
 from knet_platform.report.trials import READERS
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep, Trial
 
 MOST_EVALUATIONS = 6
 """Evaluations shown of one arm."""

@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 
 from knet_platform.links import Link, read_links
 from knet_platform.metrics import MetricInfo, find_metric
-from knet_platform.planning import Sweep, Trial
+from knet_platform.population import schedule_notes
 from knet_platform.report.differences import Differences, differences
 from knet_platform.report.pictures import Sheet, contact_sheets
 from knet_platform.report.statistics import Difference, Trend, difference, mean_and_ci, trend
 from knet_platform.report.trials import TrialLine, read_trials
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep, Trial
 
 COMPANIONS = ("val/AP50", "val/AP75", "bench/fps")
 """Shown beside a sweep's metric, where measured, when no paper says which columns to show."""
@@ -175,7 +176,7 @@ def build_report(sweep: Sweep, store: Store, *, scale: str | None = None) -> Rep
         baseline=sweep.baseline,
         columns=columns,
         tables=_tables(sweep, lines, columns),
-        notes=sweep.notes,
+        notes=(*sweep.notes, *schedule_notes(sweep, store)),
         differences=differences(sweep),
         sheets=contact_sheets(sweep, store),
         paper_source=sweep.paper.source if sweep.paper else None,

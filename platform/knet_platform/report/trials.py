@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from knet_core import KNetError
 from knet_platform.metrics import find_metric
-from knet_platform.planning import Sweep, Trial
 from knet_platform.screening import screened_out, screens
 from knet_platform.storage import (
     FAILURES,
@@ -17,6 +16,7 @@ from knet_platform.storage import (
     Store,
     TrialStore,
 )
+from knet_platform.sweep import Sweep, Trial
 
 READERS = 16
 """Trials or pictures read at once: an object store takes tens of milliseconds for each."""

@@ -27,9 +27,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from sqlalchemy.exc import SQLAlchemyError
 
 from knet_platform.errors import TrackingError
-from knet_platform.planning import Trial
 from knet_platform.previews import preview
 from knet_platform.storage import TrialStore
+from knet_platform.sweep import Trial
 from knet_platform.tracking.journal import without_password
 from knet_platform.tracking.models import Registered, log_model, register
 from knet_platform.tracking.protocol import (

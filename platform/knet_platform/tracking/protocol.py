@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol
 
 from knet_platform.config import flatten
 from knet_platform.errors import TrackingError
-from knet_platform.planning import Sweep, Trial
 from knet_platform.source import git_sha
 from knet_platform.storage import TrialStore
+from knet_platform.sweep import Sweep, Trial
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -255,6 +255,14 @@ def test_a_huge_grid_is_asked_about_with_its_count_and_price(capsys, tmp_path, m
     assert "1,000,000 trials for about" in line
     assert "USD" in line
     assert "--yes" in line
+    terminal = io.StringIO("no\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert main(["plan", str(sweep)]) == 2
+    asked, refusal = capsys.readouterr().err.split("[y/N] ")
+    assert asked.startswith(f"{sweep}: 1,000,000 trials for about")
+    assert asked.endswith("Go on? ")
+    assert "not confirmed" in refusal
 
 
 def test_arms_that_are_the_same_run_are_noted(capsys):

@@ -17,10 +17,11 @@ from PIL import Image
 from knet_core import Instances, fit, image_batch, load_model, load_recipe, predict
 from knet_platform.cli.main import main
 from knet_platform.home import storage_uri, tracking_uri
-from knet_platform.planning import Sweep, Trial, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.provenance import capture
 from knet_platform.source import read_source
 from knet_platform.storage import Evaluation, Store, TrialResult
+from knet_platform.sweep import Sweep, Trial
 from knet_platform.tracking import SweepRun, TrialModel, TrialRun
 from knet_platform.tracking.mlflow import MLflowTracker
 

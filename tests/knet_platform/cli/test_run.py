@@ -1,5 +1,7 @@
 """`knet run` refuses early, in one line, before any Ray is started."""
 
+import os
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from knet_platform.cli.main import main
+from knet_platform.locks import sweep_lock
 
 SWEEP = """\
 name: tiny
@@ -112,3 +115,13 @@ def test_a_negative_cap_is_refused(sweep: Path, capsys: pytest.CaptureFixture[st
 def test_retry_says_what_it_retries(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["retry", str(sweep)]) == 2
     assert "the following arguments are required: --failed" in capsys.readouterr().err
+
+
+def test_the_second_run_of_a_sweep_says_who_runs_it(
+    sweep: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with sweep_lock("tiny", home):
+        code, line = refused(capsys, str(sweep))
+    assert code == 2
+    assert f"sweep tiny: process {os.getpid()} on {socket.gethostname()} is running it" in line
+    assert "wait for it, or end it and run the same command again" in line

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.storage import Evaluation, Failure, Store, TrialResult
+from knet_platform.sweep import Sweep
 
 RECIPE = """\
 data: {format: shapes}

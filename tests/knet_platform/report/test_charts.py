@@ -9,10 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from knet_platform.planning import Sweep, load_sweep
+from knet_platform.planning import load_sweep
 from knet_platform.report import Report, build_report
 from knet_platform.report.charts import OTHERS, PALETTE, Chart, charts, pareto
 from knet_platform.storage import Evaluation, Store, TrialResult
+from knet_platform.sweep import Sweep
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import io
 import pytest
 from PIL import Image
 
-from knet_platform.planning import Sweep
 from knet_platform.report import pictures
 from knet_platform.report.pictures import contact_sheets
 from knet_platform.storage import Store
+from knet_platform.sweep import Sweep
 
 
 def _webp(shade: int) -> bytes:

@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from knet_platform.errors import StorageError
-from knet_platform.planning import Sweep
 from knet_platform.report import Report, Terminal, build_report, write_report
 from knet_platform.report.data_files import csv_text, json_text
 from knet_platform.report.page import html
 from knet_platform.report.render import latex, markdown, missing, number
 from knet_platform.storage import Failure, Store
+from knet_platform.sweep import Sweep
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from knet_platform.errors import StorageError, UsageError
-from knet_platform.planning import Sweep
 from knet_platform.report import Report, build_report, serving
 from knet_platform.report.serving import LivePage, page_server
 from knet_platform.storage import Store, TrialResult
+from knet_platform.sweep import Sweep
 
 
 class Server:

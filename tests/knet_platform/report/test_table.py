@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 from scipy import stats
 
-from knet_platform.planning import Sweep
 from knet_platform.provenance import Provenance
 from knet_platform.report import build_report
 from knet_platform.report.page import html
 from knet_platform.storage import Pruned, Store, TrialResult, TrialStore
+from knet_platform.sweep import Sweep
 from knet_platform.sweep_file import Asha
 
 Results = Callable[..., TrialResult]
