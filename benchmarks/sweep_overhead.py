@@ -136,6 +136,7 @@ def noop_group(
     import ray.tune
 
     leave_checkpoint(Path(store.uri))
+    Path(job.store_uri, f"process_{os.getpid()}").touch()
     ray.tune.report({"step": 1, "total": 1, "points": []})
     return "cpu", True
 
@@ -152,14 +153,14 @@ def bare_noop(config: dict[str, Any]) -> None:
     import ray.tune
 
     leave_checkpoint(Path(config["storage"], str(config["index"])))
+    Path(config["storage"], f"process_{os.getpid()}").touch()
     ray.tune.report({"step": 1})
     ray.tune.report({"done_training": True})
 
 
 def measure_noop(folder: Path, file: Path, num_trials: int) -> None:
-    """Plan and run on our side, then run bare, and print all three."""
-    import ray.tune
-
+    """Plan and run on our side, then run bare, and print all of it."""
+    from knet_platform.home import UNTRACKED
     from knet_platform.planning import load_sweep
     from knet_platform.storage import Store
     from knet_platform.tracking import open_tracker
@@ -175,32 +176,48 @@ def measure_noop(folder: Path, file: Path, num_trials: int) -> None:
     print(f"plan of {num_trials} arms: {time.monotonic() - began:.1f} s", flush=True)
 
     sweep = load_sweep(file)
-    tracker = open_tracker(sweep.name, f"sqlite:///{folder}/mlflow.db", folder, warn=print)
-    progress = Watch(sweep, num_trials)
-    began = time.monotonic()
-    outcome = run_sweep(
-        sweep, Store(str(home / "storage")), tracker, progress, home=home, trainable=noop_trial
-    )
-    ours = time.monotonic() - began
-    assert len(outcome.finished) == num_trials, outcome.failed[:1]
-    print(f"knet run: {ours:.1f} s, {1000 * ours / num_trials:.0f} ms a trial", flush=True)
-    print(f"memory of this process by finished trials, MiB: {progress.memory}", flush=True)
+    for store in (UNTRACKED, f"sqlite:///{folder}/mlflow.db"):
+        tracker = open_tracker(sweep.name, store, folder, warn=print)
+        progress = Watch(sweep, num_trials)
+        began = time.monotonic()
+        place = home / store[:6]
+        outcome = run_sweep(
+            sweep, Store(str(place)), tracker, progress, home=home, trainable=noop_trial
+        )
+        ours = time.monotonic() - began
+        assert len(outcome.finished) == num_trials, outcome.failed[:1]
+        print(
+            f"knet run, tracking {store[:6]}: {ours:.1f} s, {1000 * ours / num_trials:.0f} ms a "
+            f"trial, {len(list(place.glob('process_*')))} driver(s), {tracker.waiting} updates "
+            f"wait; memory of this process by finished trials, MiB: {progress.memory}",
+            flush=True,
+        )
 
-    began = time.monotonic()
+    for concurrent in (2, 1):  # the first as ours: one driver more than the cluster has room for
+        began = time.monotonic()
+        run_bare_noop(folder / f"bare{concurrent}", num_trials, concurrent)
+        bare = time.monotonic() - began
+        print(
+            f"bare, {concurrent} at a time: {bare:.1f} s, {1000 * bare / num_trials:.0f} ms a "
+            f"trial; ratio {ours / bare:.2f}",
+            flush=True,
+        )
+
+
+def run_bare_noop(folder: Path, num_trials: int, concurrent: int) -> None:
+    """Run no-ops under Tune."""
+    import ray.tune
+
     results = ray.tune.Tuner(
         ray.tune.with_resources(bare_noop, HEAD),
         param_space={
             "index": ray.tune.grid_search(list(range(num_trials))),
-            "storage": str(folder / "bare"),
+            "storage": str(folder),
         },
-        tune_config=ray.tune.TuneConfig(max_concurrent_trials=2, reuse_actors=True),
+        tune_config=ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
         run_config=ray.tune.RunConfig(storage_path=str(folder / "tune"), verbose=0),
     ).fit()
-    bare = time.monotonic() - began
     assert not results.errors, results.errors
-    print(
-        f"bare: {bare:.1f} s, {1000 * bare / num_trials:.0f} ms a trial; ratio {ours / bare:.2f}"
-    )
 
 
 class Watch(PlainProgress):

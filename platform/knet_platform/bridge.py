@@ -115,6 +115,15 @@ class Bridge(ray.tune.Callback):
         elif result.get("outcome") == "pruned":
             self._stop(ours, str(self._pruned[ours.hash]))
 
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Let Tune forget the recipe, which it keeps of every trial and writes down each time."""
+        kept = {"job": {"trial_hash": hash_of(trial)}}
+        trial.config = kept
+        trial.evaluated_params = {}
+        trial.last_result["config"] = kept
+
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:

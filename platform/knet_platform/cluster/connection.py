@@ -16,6 +16,8 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Tune writes down all trials again and again, for a restoration that never happens.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e6",
     # Said on small machines about every trial, whose processes are many and mostly idle.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
     # Ray Train looks at its workers this often (seconds; default 2): a trial of a minute should
