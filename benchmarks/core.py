@@ -129,6 +129,7 @@ def recipe_for(setting: Setting, task: Task = "panoptic") -> Recipe:
         model=ModelConfig(
             task=task, backbone=BackboneConfig(pretrained=False), num_kernels=KERNELS
         ),
+        loss=LossConfig(rank=0.1 if task == "panoptic" else 0.0),
         optim=OptimConfig(lr=1e-15, weight_decay=0.0),
         train=TrainConfig(
             precision="bf16" if setting.bf16 else "fp32",

@@ -70,12 +70,13 @@ class Jobs:
     def follow(self, job: str) -> Iterator[str]:
         """Yield the job's log, what is there and what comes, until the job ends."""
         log = self._client.tail_job_logs(job)
+
+        async def more() -> str | None:
+            return await anext(log, None)
+
         with asyncio.Runner() as runner, self._explained("read a log of"):
-            while True:
-                try:
-                    yield runner.run(anext(log))
-                except StopAsyncIteration:
-                    return
+            while (text := runner.run(more())) is not None:
+                yield text
 
     def log(self, job: str) -> str:
         """Return the job's log so far."""

@@ -80,7 +80,7 @@ class NodeProbe:
         """Return host:port of this node, where nothing listens yet."""
         import ray
 
-        host = ray.util.get_node_ip_address()
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
