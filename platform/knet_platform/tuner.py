@@ -231,7 +231,8 @@ class _Tune:
         """Run these, in their order."""
         if not todo:
             return
-        self._claim(todo)
+        # Once: a member of a population that another run has claimed since is left to it.
+        self._claim([trial for trial in todo if trial.hash not in self._bridge.attempts])
         most = self._sweep.resources.max_concurrent
         # One driver more than can train: it loads while another trains, and waits for its workers.
         concurrent = most if most is not None and most <= self._slots else self._slots + 1
