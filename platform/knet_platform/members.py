@@ -53,8 +53,8 @@ def population_problems(
         problems.append("optim.rescale_at is what it looks for; leave it out")
     if len(seeds) > 1:
         problems.append(
-            "expected one seed (--seeds 1): every population finds schedules of its own; run those found "
-            "(schedule.yaml of each trial, as base: of an arm) with several"
+            "expected one seed (--seeds 1): every population finds schedules of its own; run those "
+            "found (schedule.yaml of each trial, as base: of an arm) with several"
         )
     if search is not None:
         problems.append("expected no search: beside it; list the members under arms: or grid:")
