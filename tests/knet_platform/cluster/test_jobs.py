@@ -1,15 +1,17 @@
 """What is wrong with a cluster's address, token, version or with the folder is one line."""
 
+import asyncio
 import json
 import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import ray
+from aiohttp import web
 
 from knet_platform.cli.main import main
 from knet_platform.cluster.jobs import SWEEP, require_small
@@ -112,6 +114,66 @@ def test_jobs_are_found_by_id_by_sweep_or_as_the_latest(
         assert capsys.readouterr().out == f"log of {number}\n"
     assert main(["logs", "raysubmit_4"]) == 2
     assert "no job 'raysubmit_4'; did you mean 'raysubmit_" in capsys.readouterr().err
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A dashboard with one job, whose log comes in two parts; gives what it says of the job."""
+    told: dict[str, Any] = {}
+    loop = asyncio.new_event_loop()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/logs/tail"):
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            for part in ("first\n", "last\n"):
+                await socket.send_str(part)
+            await socket.close()
+            return socket
+        if request.path == "/api/version":
+            return web.json_response(text=version(ray.__version__)[1])
+        return web.json_response([told] if request.path == "/api/jobs/" else told)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+
+    async def serve() -> None:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{runner.addresses[0][1]}")
+
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(serve(), loop).result(30)
+    yield told
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 3, 3),
+        ("FAILED", -9, 137),
+        ("STOPPED", None, 75),
+        ("FAILED", None, 2),
+    ],
+)
+def test_a_followed_log_ends_with_the_job_and_as_the_job(
+    followed: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    status: str,
+    driver: int | None,
+    code: int,
+) -> None:
+    followed.update(job(1, "stages", status), driver_exit_code=driver, message="no driver")
+    assert main(["logs", "--follow", "stages"]) == code
+    assert capsys.readouterr().out == "first\nlast\n"
 
 
 def test_a_folder_over_rays_limit_is_refused_with_what_makes_it_so(
