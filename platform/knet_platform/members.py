@@ -53,7 +53,7 @@ def population_problems(
         problems.append("optim.rescale_at is what it looks for; leave it out")
     if len(seeds) > 1:
         problems.append(
-            "expected one seed (--seeds 1): every population finds schedules of its own; run those "
+            "expected one seed (--seeds 1): each population finds schedules of its own; run those "
             "found (schedule.yaml of each trial, as base: of an arm) with several"
         )
     if search is not None:

@@ -197,7 +197,7 @@ def test_all_problems_of_a_population_are_reported_at_once(load, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"seeds": [0, 1]}, "expected one seed (--seeds 1): every population"),
+        ({"seeds": [0, 1]}, "expected one seed (--seeds 1): each population"),
         ({"arms": {"plain": {}, "a": {}}}, "expected at least two arms beside the baseline"),
         (
             {"arms": {"plain": {}, "a": {}, "b": {"model.stages": 1}}},
