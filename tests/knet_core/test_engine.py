@@ -390,4 +390,5 @@ def test_an_image_too_large_to_evaluate_is_named(tiny_recipe, tmp_path, small_de
 def test_progress_is_heard_of_at_every_step_and_every_evaluated_batch(tiny_recipe, tmp_path):
     heard = []
     fit(tiny_recipe(), output_dir=tmp_path, on_progress=lambda: heard.append(None))
-    assert len(heard) == 4 + 2 * 3  # steps, and three images after two of them
+    # Steps, three images after two of them, and the same images for the maps of the kernels.
+    assert len(heard) == 4 + 2 * 3 + 3

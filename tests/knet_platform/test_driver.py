@@ -78,6 +78,7 @@ def test_how_little_memory_a_result_took_is_recorded(
         "trial_hash": "0123456789abcdef", "recipe": {}, "store_uri": str(tmp_path),
         "run_id": "run", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0,
         "hang_minutes": 0, "retention": {}, "most_evaluations": None, "usd_per_hour": None,
+        "data_fingerprint": "", "cache": {},
     }  # fmt: skip
     run_trial({"job": job}, train=train)
     result = store.result()

@@ -91,11 +91,11 @@ def home(tmp_path, monkeypatch) -> Path:
 def far(request, tmp_path) -> Far:
     if request.param == "folder":
         return Far(f"file://{tmp_path}/shared")
-    return request.getfixturevalue("bucket")
+    return request.getfixturevalue("in_s3")
 
 
 @pytest.fixture
-def bucket(s3_uri, tmp_path) -> Far:
+def in_s3(s3_uri, tmp_path) -> Far:
     return Far(f"{s3_uri}/{tmp_path.name}")
 
 
@@ -183,16 +183,16 @@ def test_what_is_here_as_planned_needs_its_source_no_more(far, shapes):
 
 
 def test_of_a_new_version_only_what_changed_is_fetched_and_the_old_one_stays(
-    bucket, shapes, asked
+    in_s3, shapes, asked
 ):
-    bucket.put_all(shapes)
-    data = DataConfig(root=bucket.address)
+    in_s3.put_all(shapes)
+    data = DataConfig(root=in_s3.address)
     planned = fingerprint(data)
     with staged(data, expected=planned):
         before = kept()
         annotations = (shapes / "annotations/instances_val.json").read_bytes()
-        bucket.put("annotations/instances_val.json", annotations + b" ")
-        bucket.put("more/again.json", annotations)
+        in_s3.put("annotations/instances_val.json", annotations + b" ")
+        in_s3.put("more/again.json", annotations)
         asked.clear()
         with (
             pytest.raises(DataError, match="not what it was when the run was planned"),
@@ -203,13 +203,13 @@ def test_of_a_new_version_only_what_changed_is_fetched_and_the_old_one_stays(
         # The content that moved is there once; the old set is read on as it was.
         assert len(kept()) == len(before) + 1
         assert data_fingerprint(data) == planned
-    assert len(Cache.in_use().sets(bucket.address)) == 2
+    assert len(Cache.in_use().sets(in_s3.address)) == 2
 
 
-def test_processes_that_start_together_fetch_once_and_share(bucket, shapes, asked):
-    bucket.put_all(shapes)
+def test_processes_that_start_together_fetch_once_and_share(in_s3, shapes, asked):
+    in_s3.put_all(shapes)
     names = set(contents(shapes))
-    command = [sys.executable, "-c", STAGE, bucket.address]
+    command = [sys.executable, "-c", STAGE, in_s3.address]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     try:
@@ -227,9 +227,9 @@ def test_processes_that_start_together_fetch_once_and_share(bucket, shapes, aske
 
 
 def test_what_a_killed_process_fetched_is_not_fetched_again(
-    bucket, shapes, before_s3, home, tmp_path
+    in_s3, shapes, before_s3, home, tmp_path
 ):
-    bucket.put_all(shapes)
+    in_s3.put_all(shapes)
     processes: list[subprocess.Popen] = []
     asked: Counter[str] = Counter()
 
@@ -240,7 +240,7 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
             processes.pop().send_signal(signal.SIGKILL)
         return None
 
-    command = [sys.executable, "-c", STAGE, bucket.address]
+    command = [sys.executable, "-c", STAGE, in_s3.address]
     with before_s3(meddle):
         victim = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         processes.append(victim)
@@ -250,11 +250,11 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
         assert done  # the annotations at least
         assert not cached.is_complete()
         asked.clear()
-        data = DataConfig(root=bucket.address)
+        data = DataConfig(root=in_s3.address)
         with staged(data, expected=fingerprint(data)):
-            assert contents(files_of(bucket.address)) == contents(shapes)
+            assert contents(files_of(in_s3.address)) == contents(shapes)
     assert set(asked) == {"", *contents(shapes)} - done
-    assert sorted(path.name for path in files_of(bucket.address).parent.iterdir()) == [
+    assert sorted(path.name for path in files_of(in_s3.address).parent.iterdir()) == [
         *("address", "complete", "files", "index"),
     ]
 
@@ -315,9 +315,9 @@ def reply(body: bytes, *, length: int | None = None) -> bytes:
     ],
 )
 def test_an_object_that_does_not_arrive_whole_is_never_used(
-    bucket, shapes, before_s3, fault, said
+    in_s3, shapes, before_s3, fault, said
 ):
-    bucket.put_all(shapes)
+    in_s3.put_all(shapes)
     name = min(name for name in contents(shapes) if name.startswith("train/"))
     content, told = (shapes / name).read_bytes(), []
 
@@ -327,7 +327,7 @@ def test_an_object_that_does_not_arrive_whole_is_never_used(
             return fault(content)
         return None
 
-    data, often = DataConfig(root=bucket.address), 100
+    data, often = DataConfig(root=in_s3.address), 100
     with before_s3(meddle), pytest.raises(StorageError, match=said) as caught, staged(data):
         pass
     assert name in str(caught.value)
@@ -341,13 +341,13 @@ def test_an_object_that_does_not_arrive_whole_is_never_used(
     assert len(told) == 2
 
 
-def test_objects_that_were_uploaded_in_parts_are_verified_too(bucket, tmp_path):
+def test_objects_that_were_uploaded_in_parts_are_verified_too(in_s3, tmp_path):
     content = os.urandom(12 * 2**20)
     (tmp_path / "big").write_bytes(content)
     parts = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
-    name, _, prefix = bucket.address.removeprefix("s3://").partition("/")
+    name, _, prefix = in_s3.address.removeprefix("s3://").partition("/")
     boto3.client("s3").upload_file(str(tmp_path / "big"), name, f"{prefix}/a/big", Config=parts)
-    source = open_source(bucket.address)
+    source = open_source(in_s3.address)
     (listed,) = source.list()
     assert listed.version.endswith("-3")
     found = _ETags(5 * 2**20)
@@ -357,7 +357,7 @@ def test_objects_that_were_uploaded_in_parts_are_verified_too(bucket, tmp_path):
     with (tmp_path / "copy").open("xb") as target:
         source.fetch(listed, target)
     assert (tmp_path / "copy").read_bytes() == content
-    bucket.put("a/big", b"replaced")
+    in_s3.put("a/big", b"replaced")
     with (
         (tmp_path / "other").open("xb") as target,
         pytest.raises(StorageError, match="replaced meanwhile: run again"),
@@ -412,27 +412,27 @@ def test_a_full_disk_leaves_what_has_arrived(far, shapes, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["../../evil", "a/../../../evil", "/evil", "a//b", "a/./b"])
-def test_a_key_that_leads_out_of_the_set_is_refused(bucket, home, tmp_path, key):
-    bucket.put("a/fine", b"fine")
-    bucket.put(key, b"evil")
+def test_a_key_that_leads_out_of_the_set_is_refused(in_s3, home, tmp_path, key):
+    in_s3.put("a/fine", b"fine")
+    in_s3.put(key, b"evil")
     with (
         pytest.raises(DataError, match=f"'{re.escape(key)}' is no name of a file below"),
-        staged(DataConfig(root=bucket.address)),
+        staged(DataConfig(root=in_s3.address)),
     ):
         pass
     assert not list(home.rglob("*evil*"))
     assert not (home / "cache" / "sets").exists()
 
 
-def test_a_key_below_that_of_a_file_and_marks_of_folders(bucket):
-    bucket.put("a/", b"")
-    bucket.put("a/b", b"file")
-    assert open_source(bucket.address).list() == [
+def test_a_key_below_that_of_a_file_and_marks_of_folders(in_s3):
+    in_s3.put("a/", b"")
+    in_s3.put("a/b", b"file")
+    assert open_source(in_s3.address).list() == [
         Listed("a/b", 4, "8c7dd922ad47494fc02c388e12c00eac")
     ]
-    bucket.put("a/b/c", b"file")
+    in_s3.put("a/b/c", b"file")
     with pytest.raises(DataError, match="'a/b' is both a file and a folder"):
-        open_source(bucket.address).list()
+        open_source(in_s3.address).list()
 
 
 def test_links_out_of_a_shared_folder_are_refused(tmp_path):

@@ -74,7 +74,7 @@ def test_a_bucket_that_is_not_there_is_one_line(
 ) -> None:
     data = tmp_path / "data.yaml"
     data.write_text(DATA.format(root="s3://nobody-made-it/coco"))
-    assert main(["train", str(recipe), f"data={data}"]) == 1
+    assert main(["train", str(recipe), f"data={data}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: s3://nobody-made-it/coco: cannot list (")
     assert line.endswith("create the bucket, or correct its name")
