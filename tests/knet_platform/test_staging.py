@@ -182,9 +182,7 @@ def test_what_is_here_as_planned_needs_its_source_no_more(far, shapes):
         pass
 
 
-def test_of_a_new_version_only_what_changed_is_fetched_and_the_old_one_stays(
-    in_s3, shapes, asked
-):
+def test_of_a_new_version_only_what_changed_is_fetched_and_the_old_one_stays(in_s3, shapes, asked):
     in_s3.put_all(shapes)
     data = DataConfig(root=in_s3.address)
     planned = fingerprint(data)
@@ -314,9 +312,7 @@ def reply(body: bytes, *, length: int | None = None) -> bytes:
         (lambda content: reply(content[:-1] + b"x"), "not that of its ETag"),
     ],
 )
-def test_an_object_that_does_not_arrive_whole_is_never_used(
-    in_s3, shapes, before_s3, fault, said
-):
+def test_an_object_that_does_not_arrive_whole_is_never_used(in_s3, shapes, before_s3, fault, said):
     in_s3.put_all(shapes)
     name = min(name for name in contents(shapes) if name.startswith("train/"))
     content, told = (shapes / name).read_bytes(), []
