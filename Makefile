@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test lint lock audit clean
 
 setup: .venv/installed
 
@@ -25,6 +25,12 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of the locked packages. Needs the advisories of pypi.org, and says so without.
+audit: setup
+	@$(BIN)/uv tool run pip-audit@2.10.1 --requirement requirements.lock --disable-pip --require-hashes; \
+	status=$$?; [ $$status -eq 0 ] || echo "audit: exit $$status; above are advisories, or that \
+	their service could not be reached: then nothing was audited" >&2; exit $$status
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --generate-hashes \

@@ -117,6 +117,23 @@ def hung_in_mid_epoch(head: Head, log: Path, sweep: Path, fault: Path, step: int
     process.wait()
 
 
+def refuse_strangers(head: Head) -> None:
+    """Submit without a token and with another one: one line each, and no job."""
+    command = ["knet", "submit", "sweeps/stages.yaml", "--scale", SCALE]
+    strangers = ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=head.env | each, stderr=subprocess.PIPE, text=True)
+        for each in strangers
+    ]
+    for process in started:
+        (line,) = process.communicate()[1].splitlines()
+        assert process.returncode == 2
+        assert line.startswith(f"error: RAY_AUTH_TOKEN: {head.address} refuses the token (")
+        assert head.token not in line
+    headers = {"Authorization": f"Bearer {head.token}"}
+    assert JobSubmissionClient(head.address, headers=headers).list_jobs() == []
+
+
 def learnt(store: TrialStore) -> dict[str, float]:
     """Return what a finished trial measured of its model, to the last bit."""
     result = store.result()
@@ -148,6 +165,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
     assert first.status() == "partial"
 
     with started_head(tmp_path) as head:
+        refuse_strangers(head)
         assert head.submit(log, path).wait() == 0, log.read_text()
         output = log.read_text()
     assert "(baseline)" in output
