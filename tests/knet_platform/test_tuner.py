@@ -208,9 +208,11 @@ def test_the_cluster_is_examined_node_by_node(
     monkeypatch.setenv("RAY_ADDRESS", done.cluster)
     assert main(["doctor", "--cluster", "--json"]) == 0
     printed = capsys.readouterr().out
-    checks = {check["name"]: check for check in json.loads(printed[printed.index("[\n") :])}
-    expected = ("nodes", "versions", "GPUs", "store", "clocks", "caches", "all-reduce (gloo)")
+    listed, _ = json.JSONDecoder().raw_decode(printed, printed.index("[\n"))
+    checks = {check["name"]: check for check in listed}
+    expected = ("nodes", "versions", "GPUs", "store", "clocks", "all-reduce (gloo)")
     assert {name: checks[name]["status"] for name in expected} == dict.fromkeys(expected, "ok")
+    assert "GiB free" in checks["caches"]["found"]
     assert "2 ranks on 1 nodes" in checks["all-reduce (gloo)"]["found"]
     assert not list((done.home / "storage" / "doctor").iterdir())
 
