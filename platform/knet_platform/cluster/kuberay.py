@@ -1,4 +1,7 @@
-"""KubeRay's custom resources, and what Kubernetes itself must know beside them."""
+"""KubeRay's custom resources, and what Kubernetes itself must know beside them.
+
+They need KubeRay 1.6, the first with `authOptions.secretName`.
+"""
 
 import shlex
 from importlib import metadata
@@ -7,9 +10,7 @@ from typing import Any
 from knet_platform.cluster.description import HOME, SECRETS
 from knet_platform.cluster.machines import Cluster, Group
 
-KUBERAY = "1.6"
-"""The first release with all that is used: `authOptions.secretName` is the newest."""
-RETRIES = 3
+_RETRIES = 3
 """Times that a RayJob starts a new cluster when its own is lost; each continues the sweep."""
 _TTL_SECONDS = 600
 """A finished job's cluster goes after so long: time to read a log."""
@@ -39,7 +40,7 @@ def job_resource(cluster: Cluster) -> dict[str, Any]:
     job = _metadata(cluster, f"{description.name}-sweep")
     spec: dict[str, Any] = {
         "entrypoint": _entrypoint(cluster),
-        "backoffLimit": RETRIES,
+        "backoffLimit": _RETRIES,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": _TTL_SECONDS,
     }
