@@ -26,7 +26,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Known vulnerabilities of the locked packages, by pypi.org's advisories. Out of their reach nothing is
+# Known vulnerabilities of the locked packages, by the package index's advisories. Out of their reach nothing is
 # audited, which pip-audit alone would call success: --strict makes it fail.
 audit: setup
 	$(BIN)/uv tool run pip-audit@2.10.1 --strict --requirement requirements.lock --disable-pip --require-hashes \
