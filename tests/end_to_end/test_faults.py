@@ -188,11 +188,11 @@ def test_every_worker_of_a_hung_trial_leaves_its_stacks(done: Done) -> None:
 
 
 def test_too_little_memory_changes_how_not_what_is_learnt(done: Done) -> None:
-    """Up to the step whose images it cannot use."""
+    """As far as it has reported before the step whose images it cannot use."""
     curves = [
         [
             {name: value for name, value in point.metrics.items() if name in ("train/loss", *AP)}
-            for point in done.trial(name).points()[:5]
+            for point in done.trial(name).points()[:4]
         ]
         for name in ("short_of_memory/0", "clean/0")
     ]

@@ -52,6 +52,8 @@ instances:
 """
 SECONDS = 100.0
 """What ten steps take by the clocks that a budget asks."""
+LONG = "train.iterations=80"
+"""For trials that hear of a spent budget in time: that takes them up to two reports."""
 SKEW = 86400.0
 """Seconds by which the workers' clocks are wrong, every other time into the past."""
 
@@ -201,18 +203,18 @@ def test_a_screen_runs_one_seed_of_every_arm_then_the_others_of_those_that_pass(
 def test_a_search_stops_at_its_budget_and_a_higher_one_ends_it_as_if_it_had_not(
     scripted: Scripted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A trial costs 400 dollars; a thousand are spent in the middle of the third."""
+    """A trial costs 800 dollars; what it may cost is spent in the third."""
     space = "space: {optim.lr: {log_uniform: [1.0e-4, 1.0]}}"
     search = f"arms: {{base: {{}}}}\nsearch: {{name: optuna, trials: TRIALS, {space}}}\n"
     scripted.write(search.replace("TRIALS", "3"))
-    code, outcome = scripted.knet("run", "--max-usd", "1000")
+    code, outcome = scripted.knet("run", LONG, "--max-usd", "1750")
     assert code == 4
     assert "budget: reached with 2 trials to go" in capsys.readouterr().err
     assert len(outcome["finished"]) == 2
     (paused,) = outcome["paused"]
     assert outcome["unsuggested"] == 1
     assert not outcome["failed"]
-    assert 0 < scripted.store.trial(paused["trial_hash"]).latest_step() < 40
+    assert 0 < scripted.store.trial(paused["trial_hash"]).latest_step() < 80
     runs = scripted.runs()
     assert runs["scripted"].info.status == "KILLED"
     assert runs[f"{paused['arm']}/0"].data.tags["status_reason"] == "budget reached; it can go on"
@@ -220,10 +222,10 @@ def test_a_search_stops_at_its_budget_and_a_higher_one_ends_it_as_if_it_had_not(
 
     # A longer search goes on from what it has tried, and is not run again.
     scripted.write(search.replace("TRIALS", "4"))
-    code, plan = scripted.knet("plan")
+    code, plan = scripted.knet("plan", LONG)
     assert [row["state"] for row in plan["trials"]] == ["finished", "finished", "partial"]
     assert plan["search"]["to_come"] == 2
-    code, second = scripted.knet("run", "--max-usd", "3000")
+    code, second = scripted.knet("run", LONG, "--max-usd", "6000")
     assert (code, second["unsuggested"], len(second["finished"])) == (0, 0, 5)
     assert second["finished"][:2] == outcome["finished"]
     assert second["finished"][2]["trial_hash"] == paused["trial_hash"]
@@ -235,17 +237,17 @@ def test_a_search_stops_at_its_budget_and_a_higher_one_ends_it_as_if_it_had_not(
     # Clocks that disagree lose no point: the paused trial's went back and forth by a day.
     for run in runs.values():
         if "trial_hash" in run.data.tags:
-            assert scripted.steps(run) == [10, 20, 30, 40]
+            assert scripted.steps(run) == list(range(10, 81, 10))
             result = scripted.store.trial(run.data.tags["trial_hash"]).result()
             assert result is not None
             assert run.data.metrics["val/AP"] == result.metrics["val/AP"]
-    code, report = scripted.knet("report")
+    code, report = scripted.knet("report", LONG)
     values = [arm["metrics"]["val/AP"]["mean"] for arm in report["arms"].values()]
     assert values == sorted(values, reverse=True)
 
     # Never stopped, it would have tried the same.
     (scripted.folder / "home" / "storage").rename(scripted.folder / "stopped")
-    code, whole = scripted.knet("run")
+    code, whole = scripted.knet("run", LONG)
     assert (code, whole["finished"]) == (0, second["finished"])
 
 
@@ -253,14 +255,15 @@ def test_a_spent_budget_stops_the_least_important_and_starts_nothing_new(
     scripted: Scripted,
 ) -> None:
     path = scripted.write("seeds: [0, 1]\narms: {other: {optim.lr: 0.1}, base: {}}\n")
-    code, outcome = scripted.knet("run", "--max-usd", "550")
+    code, outcome = scripted.knet("run", LONG, "--max-usd", "950")
     assert code == 4
     assert names(outcome["finished"]) == ["base/0"]  # the baseline comes first
     assert names(outcome["paused"]) == ["other/0", "other/1", "base/1"]
-    trials = {trial.name: scripted.store.trial(trial.hash) for trial in load_sweep(path).trials}
+    sweep = load_sweep(path, overrides=[LONG])
+    trials = {trial.name: scripted.store.trial(trial.hash) for trial in sweep.trials}
     assert trials["other/0"].status() == "partial"  # it saved when it was stopped
     assert {trials[name].status() for name in ("other/1", "base/1")} == {"new"}
-    code, outcome = scripted.knet("run", "--max-usd", "1700")
+    code, outcome = scripted.knet("run", LONG, "--max-usd", "5000")
     assert (code, len(outcome["finished"])) == (0, 4)
 
 
