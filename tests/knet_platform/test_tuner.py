@@ -152,6 +152,7 @@ def test_results_checkpoints_and_pictures_are_in_the_store(done: Done) -> None:
         model = load_model(done.home / "storage" / "trials" / trial.hash / result.checkpoint)
         assert model.num_classes == 6
         assert store.list("pictures") == [
+            *("kernels_000006.png", "kernels_000006.webp"),
             *("stages_000006.png", "stages_000006.webp"),
             *("step_000003.png", "step_000003.webp", "step_000006.png", "step_000006.webp"),
         ]
