@@ -72,7 +72,7 @@ def eight_streets(real_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-FOUR = ("train.batch_size=4", "train.iterations=200", "train.eval_every=200")
+FOUR = ("train.batch_size=4", "train.iterations=120", "train.eval_every=120")
 
 
 def test_panoptic_segmentation_learns_four_photographs(four_photographs: Path) -> None:
@@ -97,7 +97,7 @@ def test_semantic_segmentation_learns_eight_streets(eight_streets: Path) -> None
         "data.scale_range=[1,1]",
         "data.photometric=false",
         "train.batch_size=8",
-        "train.iterations=200",
-        "train.eval_every=200",
+        "train.iterations=150",
+        "train.eval_every=150",
     )
     assert metrics["val/mIoU"] >= 0.7
