@@ -1,9 +1,6 @@
 """MLflow's own page, in a real Chromium: what somebody sees who compares the arms of a sweep."""
 
 import io
-import os
-import shutil
-from collections.abc import Iterator
 
 import pytest
 from PIL import Image
@@ -34,23 +31,6 @@ arms:
 APS = {"1": 0.218, "3": 0.341}
 SECONDS = 60
 """Longest wait for something to appear: the page is large and the machine may be busy."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[webdriver.Chrome]:
-    driver = shutil.which("chromedriver")
-    assert driver, "no chromedriver; expected Debian's: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for argument in (
-        *("--headless=new", "--window-size=1600,1200", "--disable-dev-shm-usage"),
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the page is local, wholly
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture(scope="module")

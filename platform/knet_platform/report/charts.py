@@ -5,7 +5,7 @@ Colours of text, lines and grounds come from the page, which has a light and a d
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -27,7 +27,13 @@ SYMBOLS = (
     *("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "hexagon"),
     "triangle-down",
 )
-CONFIG = {"displaylogo": False, "responsive": True}
+CONFIG = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "responsive": True,
+    # No others: some lead to plotly's own servers.
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+}
 BAND, SEED = 0.13, 0.4
 """Opacity of a confidence band and of a single seed's line; `page.js` knows both."""
 _MOST_POINTS, _MOST_OF_A_CURVE, _LEAST_OF_A_CURVE = 60_000, 1000, 100
@@ -41,6 +47,8 @@ class Chart:
     title: str
     caption: str
     figure: go.Figure
+    whole: bool = False
+    """Whether it takes the width of two."""
     layers: bool = False
     """Whether it has single seeds and bands, which the page can hide."""
 
@@ -76,14 +84,7 @@ def charts(report: Report) -> list[Chart]:
             chart = draw(report, table, looks)
             if chart is not None:
                 suffix = f" Rows apart: {table.reason}." if table.reason else ""
-                found.append(
-                    Chart(
-                        title=chart.title,
-                        caption=chart.caption + suffix,
-                        figure=chart.figure,
-                        layers=chart.layers,
-                    )
-                )
+                found.append(replace(chart, caption=chart.caption + suffix))
     return found
 
 
@@ -136,7 +137,7 @@ def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Cha
     figure.add_trace(
         go.Scatter(
             x=[value for _, _, value in seeds],
-            y=[escape(row.arm) for row, _, _ in seeds],
+            y=[_text(row.arm) for row, _, _ in seeds],
             customdata=[seed for _, seed, _ in seeds],
             mode="markers",
             marker={"color": OTHERS, "symbol": "line-ns-open", "size": 9},
@@ -148,7 +149,7 @@ def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Cha
     figure.add_trace(
         go.Scatter(
             x=[found.mean for found in ours if found],
-            y=[escape(row.arm) for row in rows],
+            y=[_text(row.arm) for row in rows],
             error_x={
                 "array": [found.ci95 or 0.0 for found in ours if found],
                 "color": OTHERS,
@@ -177,7 +178,7 @@ def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Cha
         figure.add_trace(
             go.Scatter(
                 x=[value for _, value in printed],
-                y=[escape(row.arm) for row, _ in printed],
+                y=[_text(row.arm) for row, _ in printed],
                 mode="markers",
                 marker={"symbol": "star-diamond-open", "size": 13, "color": "#d97706"},
                 name="paper",
@@ -186,24 +187,25 @@ def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Cha
         )
     _finish(figure, f"{column.heading} minus the baseline's", report.axis)
     every = [value for _, _, value in seeds] + [value or 0.0 for _, value in printed] + [0.0]
+    halves = [(found.mean, found.ci95 or 0.0) for found in ours if found]
     figure.update_layout(
         height=150 + 26 * len(rows),
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
     )
-    figure.update_xaxes(range=_range(every), zeroline=True, zerolinecolor=OTHERS)
+    figure.update_xaxes(range=_range(every, halves), zeroline=True, zerolinecolor=OTHERS)
     figure.update_yaxes(
         type="category",
         autorange="reversed",
         tickmode="array",
-        tickvals=[escape(row.arm) for row in rows],
-        ticktext=[escape(_short(row.arm)) for row in rows],
+        tickvals=[_text(row.arm) for row in rows],
+        ticktext=[_text(_short(row.arm)) for row in rows],
         ticks="",
     )
     caption = (
         "Bars: 95 % confidence intervals (paired t); those of few seeds may go on beyond the "
         "picture. Left of zero the arm scores lower than the baseline."
     )
-    return Chart(title="Difference to the baseline", caption=caption, figure=figure)
+    return Chart(title="Difference to the baseline", caption=caption, figure=figure, whole=True)
 
 
 def curves(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
@@ -247,7 +249,7 @@ def _over_steps(
     # The last is drawn on top.
     for row in sorted(drawn, key=lambda row: (looks[row.arm].named, row.is_baseline)):
         look, trace = looks[row.arm], traces[row.arm]
-        group = escape(row.arm) if look.named else ""
+        group = _text(row.arm) if look.named else ""
         if look.named:
             figure.add_traces(_band(trace, look, group, most))
             figure.add_traces(_seeds(row, points, look, group, most))
@@ -262,10 +264,10 @@ def _over_steps(
                 x=np.asarray(trace.steps, dtype=np.int32)[place],
                 y=np.asarray(trace.means, dtype=np.float32)[place],
                 text=notes,
-                meta=escape(row.arm),
-                name=escape(_label(row)) if look.named else f"{len(grey)} other arms",
+                meta=_text(row.arm),
+                name=_text(_label(row)) if look.named else f"{len(grey)} other arms",
                 mode="lines+markers" if look.named and len(trace.steps) < 30 else "lines",
-                line={"color": look.colour, "width": _width(row, look)},
+                line={"color": look.colour, "width": _width(row, look, len(place))},
                 marker={"symbol": look.symbol, "size": 7},
                 legendgroup=group,
                 legendrank=1 if row.is_baseline else 2 if look.named else 3,
@@ -350,10 +352,11 @@ def _seeds(
     return found
 
 
-def _width(row: Row, look: _Look) -> float:
+def _width(row: Row, look: _Look, num_points: int) -> float:
     if not look.named:
         return 1.0
-    return 3.5 if row.is_baseline else 2.0
+    wide = 3.5 if row.is_baseline else 2.0
+    return wide if num_points < 100 else wide / 1.75  # what jumps at every point needs no width
 
 
 def training_cost(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | None:
@@ -425,7 +428,7 @@ def _trade_off(
                 y=[y],
                 error_x={"array": [x_half], "thickness": 1, "width": 3},
                 error_y={"array": [y_half], "thickness": 1, "width": 3},
-                text=[escape(_short(row.arm))] if leads or look.named else None,
+                text=[_text(_short(row.arm))] if leads or look.named else None,
                 textposition="top right",
                 mode="markers+text" if leads or look.named else "markers",
                 marker={
@@ -433,14 +436,17 @@ def _trade_off(
                     "symbol": look.symbol if leads else f"{look.symbol}-open",
                     "size": 14 if row.is_baseline else 11,
                 },
-                meta=escape(_label(row)),
+                meta=_text(_label(row)),
                 hovertemplate="%{y:.2f} at %{x:.4g}<extra>%{meta}</extra>",
                 showlegend=False,
             )
         )
     _finish(figure, title, column.heading)
-    figure.update_xaxes(range=_range([x for _, x, *_ in points]))
-    figure.update_yaxes(range=_range([y for *_, y, _ in points]))
+    for update, centres in (
+        (figure.update_xaxes, [(x, half) for _, x, half, *_ in points]),
+        (figure.update_yaxes, [(y, half) for *_, y, half in points]),
+    ):
+        update(range=_range([value for value, _ in centres], centres))
     figure.update_layout(
         hovermode="closest",
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
@@ -465,9 +471,17 @@ def pareto(merits: Sequence[tuple[float, float]]) -> set[int]:
     }
 
 
-def _range(values: Sequence[float]) -> list[float]:
-    """Return axis limits around what was measured: wide intervals must not set the scale."""
+def _range(values: Sequence[float], intervals: Sequence[tuple[float, float]] = ()) -> list[float]:
+    """Return axis limits around what was measured, and around intervals that are not too wide.
+
+    Args:
+        values: What was measured.
+        intervals: Centres and half-widths; those of two seeds must not set the scale.
+    """
     low, high = min(values), max(values)
+    most = 0.3 * (high - low)
+    low = min([low, *(centre - min(half, most) for centre, half in intervals)])
+    high = max([high, *(centre + min(half, most) for centre, half in intervals)])
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return [low - margin, high + margin]
 
@@ -487,8 +501,8 @@ def _finish(figure: go.Figure, x_title: str, y_title: str) -> None:
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 60, "r": 20, "t": 36, "b": 52},
         height=420,
-        xaxis={**axis, "title": {"text": escape(x_title), "standoff": 8}},
-        yaxis={**axis, "title": {"text": escape(y_title), "standoff": 8}},
+        xaxis={**axis, "title": {"text": _text(x_title), "standoff": 8}},
+        yaxis={**axis, "title": {"text": _text(y_title), "standoff": 8}},
         font={"family": "system-ui, sans-serif", "size": 13},
         hoverlabel={
             "namelength": -1,
@@ -517,3 +531,8 @@ def _label(row: Row) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:31]}…"
+
+
+def _text(words: str) -> str:
+    """Return words that plotly shows as they are: it takes `<` and `&` for markup, not quotes."""
+    return escape(words, quote=False)

@@ -63,7 +63,7 @@ def _trends(report: Report) -> list[Fact]:
         return []
     if not trends:
         return [Fact(name="The paper's trends", value="nothing to compare yet", details=())]
-    most, *others = [f"{count} {word}" for word, count in trends.most_common()]
+    most, *others = [f"{word}: {count}" for word, count in trends.most_common()]
     arms = sum(trends.values())
     return [
         Fact(

@@ -67,7 +67,7 @@ def html(report: Report, live: Live | None = None) -> str:
         {
             "title": chart.title,
             "caption": chart.caption,
-            "layers": chart.layers,
+            "kind": "layers" * chart.layers + "whole" * chart.whole,
             "html": Markup(
                 chart.figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
             ),
