@@ -1,6 +1,8 @@
 """MLflow's own page, in a real Chromium: what somebody sees who compares the arms of a sweep."""
 
 import io
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -31,6 +33,8 @@ arms:
 APS = {"1": 0.218, "3": 0.341}
 SECONDS = 60
 """Longest wait for something to appear: the page is large and the machine may be busy."""
+METRIC = "//a[normalize-space()='val/AP']"
+METRICS = f"{METRIC}/ancestor::div[contains(., '0.341')][1]"
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +77,69 @@ def appears(browser: webdriver.Chrome, xpath: str) -> WebElement:
     return found
 
 
-def test_the_compare_page_shows_the_metric_and_the_parameter_that_differs(
+def test_the_arms_ticked_in_the_experiment_are_compared(
+    browser: webdriver.Chrome, tracker: MLflowTracker, server
+) -> None:
+    browser.get(f"{server.uri}/#/experiments")
+    # MLflow's first guess is chats and traces; it remembers what was pressed here.
+    appears(browser, "//*[@role='button'][normalize-space()='Model training']").click()
+    appears(browser, "//a[normalize-space()='rounds']").click()
+    appears(browser, f"{row('rounds')}//button").click()  # unfolds the sweep's trials
+    WebDriverWait(browser, SECONDS).until(expected.url_contains("/runs?"))
+    for arm in ("1/0", "3/0"):
+        appears(browser, f"{row(arm)}//*[contains(@class, 'ag-selection-checkbox')]").click()
+    appears(browser, "//button[normalize-space()='Compare']").click()
+    shows_what_differs(browser)
+    keep_picture(browser)
+    # The metric leads to its curves, on one axis of steps.
+    appears(browser, METRIC).click()
+    WebDriverWait(browser, SECONDS).until(expected.url_contains("x_axis=step"))
+    for text in ("1/0 (val/AP)", "3/0 (val/AP)", "Step"):
+        appears(browser, f"//*[name()='text'][normalize-space()='{text}']")
+
+
+def test_the_address_after_a_sweep_leads_to_the_same_page(
     browser: webdriver.Chrome, tracker: MLflowTracker
 ) -> None:
     url = tracker.compare_url()
     assert url is not None
     browser.get(url)
+    shows_what_differs(browser)
+
+
+def row(name: str) -> str:
+    """Return the row of a run in an experiment's table, as XPath."""
+    return f"//*[@role='row'][.//a[normalize-space()='{name}']]"
+
+
+def shows_what_differs(browser: webdriver.Chrome) -> None:
     assert cells(browser, "Run Name:") == ["1/0", "3/0"]
     assert cells(browser, "model.stages") == ["1", "3"]
     # The page keeps headings and values apart; metrics are in the order of their names.
-    table = "//a[normalize-space()='val/AP']/ancestor::div[contains(., '0.341')][1]"
     headings, values = ["train/loss", "val/AP"], ["0.017", "0.017", "0.218", "0.341"]
-    assert appears(browser, table).text.split() == headings + values
+    assert appears(browser, METRICS).text.split() == headings + values
     # What differs is chosen for the plot, and what does not can be hidden.
     appears(browser, "//*[contains(@class, 'selection-item') and text()='model.stages']")
     appears(browser, "//*[text()='Show diff only']/preceding::button[1]").click()
     gone = (By.XPATH, "//tr[.//*[text()='model.backbone.frozen_stages']]")
     WebDriverWait(browser, SECONDS).until(expected.invisibility_of_element_located(gone))
     assert cells(browser, "model.stages") == ["1", "3"]
+
+
+def keep_picture(browser: webdriver.Chrome) -> None:
+    """Renew the README's picture of the page, in the folder that `KNET_SCREENSHOTS` names."""
+    folder = os.environ.get("KNET_SCREENSHOTS")
+    if folder is None:
+        return
+    appears(browser, "//button[@aria-label='Close']").click()  # MLflow's assistant
+    heading = appears(browser, "//*[text()='Run details']")
+    browser.execute_script("arguments[0].scrollIntoView()", heading)
+    table = appears(browser, METRICS)
+    image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    left, top = heading.rect["x"] - 40, heading.rect["y"] - 10
+    bottom = table.rect["y"] + table.rect["height"] + 20
+    part = image.crop((int(left), int(top), image.width, int(bottom)))
+    part.quantize(64).save(Path(folder, "mlflow-compare.png"), optimize=True)
 
 
 def cells(browser: webdriver.Chrome, heading: str) -> list[str]:

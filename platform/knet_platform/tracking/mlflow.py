@@ -49,8 +49,6 @@ _LONGEST = 500
 """Characters of a tag or parameter that every MLflow store takes."""
 _TIMEOUT = "20"
 """Seconds for one answer of a server."""
-_KIND = "mlflow.experimentKind"
-"""Tag by which MLflow's page opens an experiment with its runs, not with chats and traces."""
 _UPGRADE = "mlflow db upgrade"
 _NOT_NOW = (401, 403, 408, 429)
 """Refusals that may pass: of who asks, or how often, not of what is sent."""
@@ -256,8 +254,7 @@ class MLflowTracker:
             location = None
             if "://" not in self._uri or self._uri.startswith("sqlite"):
                 location = (self._artifacts / name).absolute().as_uri()
-            tags = {_KIND: "custom_model_development"}
-            return str(self._client.create_experiment(name, location, tags))
+            return str(self._client.create_experiment(name, location))
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
