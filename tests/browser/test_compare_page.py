@@ -84,8 +84,8 @@ def test_the_arms_ticked_in_the_experiment_are_compared(
     # MLflow's first guess is chats and traces; it remembers what was pressed here.
     appears(browser, "//*[@role='button'][normalize-space()='Model training']").click()
     appears(browser, "//a[normalize-space()='rounds']").click()
-    appears(browser, f"{row('rounds')}//button").click()  # unfolds the sweep's trials
     WebDriverWait(browser, SECONDS).until(expected.url_contains("/runs?"))
+    appears(browser, f"{row('rounds')}//button").click()  # unfolds the sweep's trials
     for arm in ("1/0", "3/0"):
         appears(browser, f"{row(arm)}//*[contains(@class, 'ag-selection-checkbox')]").click()
     appears(browser, "//button[normalize-space()='Compare']").click()
@@ -93,9 +93,9 @@ def test_the_arms_ticked_in_the_experiment_are_compared(
     keep_picture(browser)
     # The metric leads to its curves, on one axis of steps.
     appears(browser, METRIC).click()
-    WebDriverWait(browser, SECONDS).until(expected.url_contains("x_axis=step"))
-    for text in ("1/0 (val/AP)", "3/0 (val/AP)", "Step"):
-        appears(browser, f"//*[name()='text'][normalize-space()='{text}']")
+    appears(browser, "//*[@class='xtitle'][text()='Step']")
+    for arm in ("1/0", "3/0"):
+        appears(browser, f"//span[text()='{arm} (val/AP)']")
 
 
 def test_the_address_after_a_sweep_leads_to_the_same_page(
@@ -131,14 +131,13 @@ def keep_picture(browser: webdriver.Chrome) -> None:
     folder = os.environ.get("KNET_SCREENSHOTS")
     if folder is None:
         return
-    appears(browser, "//button[@aria-label='Close']").click()  # MLflow's assistant
     heading = appears(browser, "//*[text()='Run details']")
     browser.execute_script("arguments[0].scrollIntoView()", heading)
-    table = appears(browser, METRICS)
     image = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    left, top = heading.rect["x"] - 40, heading.rect["y"] - 10
-    bottom = table.rect["y"] + table.rect["height"] + 20
-    part = image.crop((int(left), int(top), image.width, int(bottom)))
+    table = appears(browser, METRICS).rect
+    left, right = table["x"], table["x"] + table["width"]
+    top, bottom = heading.rect["y"], table["y"] + table["height"]
+    part = image.crop((int(left), int(top), int(right), int(bottom)))
     part.quantize(64).save(Path(folder, "mlflow-compare.png"), optimize=True)
 
 
