@@ -122,6 +122,8 @@ def start(sweep: Path) -> tuple[subprocess.Popen[bytes], int]:
         stderr=theirs,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30"},
         start_new_session=True,
+        # Tests that run in the background may have been told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     return process, ours
