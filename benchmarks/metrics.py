@@ -10,7 +10,8 @@ rounds' ratios: how many times as long as ours the other takes.
   (`pq_by_panopticapi`): the table says which.
 - mIoU against a histogram per kind of count by torch.histc, as mmsegmentation computes it.
 - Mask AP by faster-coco-eval (ours) against pycocotools.
-- Panoptic quality and mIoU from files, and mask AP, over processes.
+- Panoptic quality and mIoU from files, and mask AP, over processes. They start with the row, so
+  these sets are larger.
 
     python benchmarks/metrics.py --memory [--images 5000]
 
@@ -29,10 +30,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as mask_api
@@ -43,7 +43,10 @@ from knet_core.metrics.mean_iou import PixelCounts
 from knet_core.metrics.panoptic_quality import PanopticQuality
 from knet_core.scoring.panoptic import score_panoptic
 from knet_core.scoring.semantic import score_semantic
-from knet_core.structures import ImageInfo, PanopticMap, Segment
+
+# Processes that score files import this module again, and can do without torch.
+if TYPE_CHECKING:
+    from knet_core.structures import PanopticMap
 
 HEIGHT, WIDTH = 480, 640
 CLASSES = 133
@@ -71,7 +74,7 @@ class PanopticSet:
 
     folder: Path
     truth: list[PanopticTruth]
-    found: list[PanopticMap]
+    found: "list[PanopticMap]"
     categories: dict[int, dict[str, int]]
 
 
@@ -101,12 +104,16 @@ def regions(rng: np.random.Generator, count: int) -> NDArray[np.int32]:
 
 def panoptic_set(folder: Path, images: int) -> PanopticSet:
     """Write maps of truth and prediction as files and keep them."""
+    import torch
+
+    from knet_core.structures import PanopticMap, Segment
+
     rng = np.random.default_rng(0)
     categories = {i: {"id": i, "isthing": int(i <= 80)} for i in range(1, CLASSES + 1)}
     truth, found = [], []
     documents: dict[str, list[Any]] = {"gt": [], "pred": []}
     for side in documents:
-        (folder / side).mkdir()
+        (folder / side).mkdir(parents=True)
     for number in range(images):
         cells = regions(rng, int(rng.integers(6, 18)))
         moved = np.roll(cells, int(rng.integers(-20, 21)), axis=1)
@@ -212,6 +219,8 @@ def pq_by_installed(data: PanopticSet) -> float:
 
 def pq_from_memory(data: PanopticSet) -> float:
     """Return PQ of the maps in memory."""
+    from knet_core.structures import ImageInfo
+
     kinds = [Kind(bool(category["isthing"])) for category in data.categories.values()]
     metric = PanopticQuality(lambda number: data.truth[number], kinds)
     for number, found in enumerate(data.found):
@@ -239,7 +248,7 @@ def write_label_maps(
 ) -> None:
     """Write every pair `copies` times as PNGs."""
     for side in ("gt", "pred"):
-        (folder / side).mkdir()
+        (folder / side).mkdir(parents=True)
     for number, pair in enumerate(pairs * copies):
         for side, labels in zip(("gt", "pred"), pair, strict=True):
             Image.fromarray(labels).save(folder / side / f"{number}.png")
@@ -267,6 +276,8 @@ def label_maps(images: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 
 def iou_by_histc(pairs: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> NDArray[Any]:
     """Return IoU per class by three histograms an image (mmsegmentation's IoUMetric)."""
+    import torch
+
     sums = torch.zeros(3, 150, dtype=torch.float64)
     for one, other in pairs:
         truth, found = torch.from_numpy(one), torch.from_numpy(other)
@@ -401,16 +412,20 @@ def largest(expected: Any, found: Any) -> float:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, help="default: 7, quick: 2")
     parser.add_argument("--images", type=int, help="panoptic maps (default: 100, quick: 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the last rows")
+    parser.add_argument("--many", type=int, help="images of the last rows (default: 1000)")
     parser.add_argument("--quick", action="store_true", help="few images, to see that it runs")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rounds = args.rounds or (2 if args.quick else 7)
     images = args.images or (8 if args.quick else 100)
+    many = args.many or (8 if args.quick else 1000)
     if args.memory:
         before, after = peak_memory(args.images or 5000)
         print(f"peak {before:.0f} MiB before, {after:.0f} MiB after scoring")
@@ -423,10 +438,17 @@ def main() -> None:
         maps = label_maps(4 if args.quick else 20)
         files = Path(folder, "labels")
         files.mkdir()
-        write_label_maps(files, maps, 1 if args.quick else 10)
-        truth, found = detection_set(20 if args.quick else 500, 20)
+        write_label_maps(files, maps, max(1, many // len(maps)))
+        many_maps = panoptic_set(Path(folder, "many"), many)
+        few_found, many_found = (
+            detection_set(20 if args.quick else 500, 20),
+            detection_set(many, 100),
+        )
 
-        def ap(engine: Any = "faster-coco-eval", workers: int = 1) -> dict[str, float | None]:
+        def ap(
+            detections: Any, engine: Any = "faster-coco-eval", workers: int = 1
+        ) -> dict[str, float | None]:
+            truth, found = detections
             return average_precision(truth, lambda key: found[key], engine=engine, workers=workers)
 
         rows = [
@@ -443,17 +465,18 @@ def main() -> None:
                 lambda: iou_by_histc(maps), lambda: iou_by_one_histogram(maps), largest, 10,
             ),
             Row(
-                f"mask AP, {len(truth['images'])} images x 20 / pycocotools",
-                lambda: ap("pycocotools"), lambda: ap("faster-coco-eval"), largest, None,
+                f"mask AP, {len(few_found[0]['images'])} images x 20 / pycocotools",
+                lambda: ap(few_found, "pycocotools"), lambda: ap(few_found), largest, None,
             ),
             Row(
                 f"PQ from files, {args.workers} processes / 1 process",
-                lambda: pq_from_files(data, 1), lambda: pq_from_files(data, args.workers),
-                largest, None,
+                lambda: pq_from_files(many_maps, 1),
+                lambda: pq_from_files(many_maps, args.workers), largest, None,
             ),
             Row(
                 f"mask AP, {args.workers} processes / 1 process",
-                ap, lambda: ap(workers=args.workers), largest, None,
+                lambda: ap(many_found), lambda: ap(many_found, workers=args.workers),
+                largest, None,
             ),
             Row(
                 f"mIoU from files, {args.workers} processes / 1 process",
@@ -461,7 +484,8 @@ def main() -> None:
                 largest, None,
             ),
         ]  # fmt: skip
-        print(f"torch {torch.__version__}, 1 thread, {images} maps of {WIDTH}x{HEIGHT}\n")
+        print(f"torch {torch.__version__}, 1 thread, {images} maps of {WIDTH}x{HEIGHT}")
+        print(f"{many} over processes\n")
         print("| ours / other | other ms | ours ms | ratio | target | reached | difference |")
         print(f"|{' --- |' * 7}")
         for row in rows:

@@ -24,22 +24,21 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less per 
 # Workers of the Ray tests share few cores with the tests themselves; read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# On a Xeon with AMX, steps in bf16 were not finite in one run of four; without it in none of five.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-
 _DEFAULT = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests with a Ray cluster to one process of pytest-xdist: they share the cluster.
+    """Give all tests that share a Ray cluster to one process of pytest-xdist.
 
-    Likewise those with a server of MLflow alone.
+    Likewise those that share a server of MLflow alone. Whoever starts a cluster of its own may
+    run beside them.
     """
     for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif {"server", "team_server"} & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "cluster" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif {"server", "team_server"} & fixtures:
             item.add_marker(pytest.mark.xdist_group("server"))
 
 

@@ -17,7 +17,7 @@ from time import sleep
 
 import pytest
 from mlflow import MlflowClient
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 from knet_platform.planning import load_sweep
 from knet_platform.storage import Store, TrialStore
@@ -53,10 +53,19 @@ class Head:
                 command, cwd=ROOT, env=self.env, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def driver_pid(self) -> int:
+    def jobs(self) -> list[JobDetails]:
         headers = {"Authorization": f"Bearer {self.token}"}
-        jobs = JobSubmissionClient(self.address, headers=headers).list_jobs()
-        (running,) = [job for job in jobs if job.status == "RUNNING"]
+        return JobSubmissionClient(self.address, headers=headers).list_jobs()
+
+    def answers(self) -> bool:
+        try:
+            self.jobs()
+        except (ConnectionError, RuntimeError):  # nobody listens, or its parts are not yet there
+            return False
+        return True
+
+    def driver_pid(self) -> int:
+        (running,) = [job for job in self.jobs() if job.status == "RUNNING"]
         assert running.driver_info is not None
         return int(running.driver_info.pid)
 
@@ -92,10 +101,12 @@ def started_head(folder: Path) -> Iterator[Head]:
         process = subprocess.Popen(
             command, env=env, stdout=log, stderr=log, start_new_session=True
         )
+    head = Head(address=env["RAY_API_SERVER_ADDRESS"], token=token, env=env)
     try:
-        while subprocess.run(["ray", "job", "list"], env=env, capture_output=True).returncode:
+        while not head.answers():
             assert process.poll() is None, (folder / "head.log").read_text()
-        yield Head(address=env["RAY_API_SERVER_ADDRESS"], token=token, env=env)
+            sleep(0.1)
+        yield head
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -130,8 +141,7 @@ def refuse_strangers(head: Head) -> None:
         assert process.returncode == 2
         assert line.startswith(f"error: RAY_AUTH_TOKEN: {head.address} refuses the token (")
         assert head.token not in line
-    headers = {"Authorization": f"Bearer {head.token}"}
-    assert JobSubmissionClient(head.address, headers=headers).list_jobs() == []
+    assert head.jobs() == []
 
 
 def learnt(store: TrialStore) -> dict[str, float]:

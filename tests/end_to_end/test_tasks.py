@@ -52,10 +52,7 @@ def test_every_arm_is_trained_and_judged_by_its_tasks_metric(
 ) -> None:
     home, file, scale = (tmp_path / name for name in ("home", "sweep.yaml", "tiny.yaml"))
     file.write_text(text)
-    # Two trials of one worker each: the other tests train on two, one trial after the other.
-    scale.write_text(
-        TINY.replace("workers: 2", "workers: 1").replace("max_concurrent: 1", "max_concurrent: 2")
-    )
+    scale.write_text(TINY.replace("max_concurrent: 1", "max_concurrent: 2"))
     monkeypatch.setenv("KNET_HOME", str(home))
     for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

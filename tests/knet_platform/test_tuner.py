@@ -235,39 +235,46 @@ def test_only_failed_trials_are_retried(
 
 
 def test_a_trial_that_is_told_to_stop_saves_and_goes_on_later(
-    done: Done, finished: Callable[..., TrialResult]
+    done: Done, faults: Path, finished: Callable[..., TrialResult]
 ) -> None:
-    """The screen compares it with a run that was good at once, so it is pruned."""
+    """The screen compares it with a run that was good at once, so it is pruned.
+
+    It is slow enough to hear of that before its end.
+    """
     path = done.folder / "told.yaml"
     screen = "scheduler: {name: asha, grace: 0.2, reduction_factor: 2}\n"
     arms = 'arms:\n  "2": {}\n  hopeless: {model.stages: 1, optim.lr: 1.0e-12}\n'
     head = SWEEP.partition("arms:")[0].replace("name: tiny", "name: told")
     resources = "resources: {workers: 2}\n"
     path.write_text(head + arms + resources + screen)
-    long = ["train.iterations=120", "train.eval_every=10", "train.log_every=5"]
+    long = ["train.iterations=40", "train.eval_every=10", "train.log_every=5"]
     good, hopeless = (trial.hash for trial in load_sweep(path, overrides=long).trials)
-    best = Evaluation(step=30, time=0.0, metrics={"val/AP": 1.0})
-    done.store.trial(good).write_result(finished(good, step=120, evaluations=(best,)))
+    best = Evaluation(step=10, time=0.0, metrics={"val/AP": 1.0})
+    done.store.trial(good).write_result(finished(good, step=40, evaluations=(best,)))
     store = done.store.trial(hopeless)
+    pause = faults / hopeless / "pause"
+    pause.parent.mkdir()
+    pause.write_text("0.5")
 
     assert main(["run", str(path), *long]) == 0
     pruned, state = store.pruned(), store.state()
     assert pruned is not None
-    assert pruned.step == 30
+    assert pruned.step == 10
     assert state is not None  # it saved when it was stopped
-    assert 30 <= state.step < 120
+    assert 10 <= state.step < 40
     assert store.result() is None
 
+    pause.write_text("0")
     path.write_text(head + arms + resources)
     assert main(["run", str(path), *long]) == 0
     result = store.result()
     assert result is not None
-    assert result.step == 120
+    assert result.step == 40
     run = done.runs("told")["hopeless/0"]
     assert run.data.tags["attempt"] == "2"
     client = MlflowClient(f"sqlite:///{done.home}/mlflow.db")
     history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [point.step for point in history] == list(range(5, 121, 5))
+    assert [point.step for point in history] == list(range(5, 41, 5))
 
 
 def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:
