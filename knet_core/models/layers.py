@@ -75,7 +75,7 @@ def convolve_merged(
     weight, bias = product
     result = F.conv2d(maps, weight, bias, stride=2, padding=2)
     # Two rows of the map between are enough for one row of the result, and need three. Of columns
-    # there is one more: oneDNN's convolutions of stride 2 in bf16 on AMX are wrong at a width of 2.
+    # there is one more: at a width of 2 oneDNN is wrong (convolutions of stride 2, bf16, AMX).
     result[..., :1, :] = second(first(maps[..., :3, :])[..., :2, :])
     result[..., :1] = second(first(maps[..., :4])[..., :3])[..., :1]
     return result
