@@ -220,7 +220,7 @@ def contact_sheet(images: Sequence[Pixels], *, columns: int = 2, gap: int = 4) -
             x += width + gap
         y += height + gap
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(sheet).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
