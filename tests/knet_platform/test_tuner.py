@@ -18,6 +18,7 @@ from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
 from knet_platform.identity import trial_hash
+from knet_platform.links import read_links
 from knet_platform.planning import load_sweep
 from knet_platform.progress import PlainProgress
 from knet_platform.storage import Evaluation, Store, TrialResult
@@ -166,6 +167,12 @@ def test_a_finished_sweep_is_not_run_again(done: Done, capsys: pytest.CaptureFix
     assert "starting" not in captured.err
     assert "2 (baseline)" in captured.out
     assert "knet ui" in captured.out
+    parent, compared = read_links(done.store, "tiny")
+    runs = done.runs()
+    assert parent.url.endswith(f"/runs/{runs['tiny'].info.run_id}")
+    assert runs["1/0"].info.run_id in compared.url
+    for link in (parent, compared):
+        assert f"MLflow, {link.name}: {link.url}" in captured.out
     after = {trial.hash: done.store.trial(trial.hash).result() for trial in done.sweep.trials}
     assert before == after
     assert set(done.runs()) == {"tiny", "1/0", "2/0", "broken/0"}

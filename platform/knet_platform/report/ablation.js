@@ -109,7 +109,7 @@
 
   // Paper has another width than the window.
   const resize = size => all(".js-plotly-plot").forEach(plot => Plotly.relayout(plot, size));
-  addEventListener("beforeprint", () => resize({ autosize: false, width: 980 }));
+  addEventListener("beforeprint", () => resize({ autosize: false, width: 960 }));
   addEventListener("afterprint", () => resize({ autosize: true, width: null }));
 
   // A page that is served asks whether there is news, and comes again where it was.

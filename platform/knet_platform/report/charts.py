@@ -3,6 +3,7 @@
 Colours of text, lines and grounds come from the page, which has a light and a dark side.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,11 @@ CONFIG = {
 }
 BAND, SEED = 0.13, 0.4
 """Opacity of a confidence band and of a single seed's line; `page.js` knows both."""
+_LEAST_SEEDS = 3
+"""Of two the interval is nine standard errors each way: it would hide everything else."""
+_HEIGHT, _LONG_NAME = 420, 24
+"""Pixels of a chart, and characters of a name beyond which the legend stands below it."""
+_LONGEST_NAME = 48
 _MOST_POINTS, _MOST_OF_A_CURVE, _LEAST_OF_A_CURVE = 60_000, 1000, 100
 """Points of a chart and of each of its curves."""
 
@@ -89,8 +95,8 @@ def charts(report: Report) -> list[Chart]:
 
 
 def bands_help(report: Report) -> bool:
-    """Whether any arm has three seeds: two have an interval of nine standard errors each way."""
-    return any(sum(bool(line.curve) for line in row.trials) > 2 for row in report.rows)
+    """Whether any arm has seeds enough for a band that says something."""
+    return any(sum(bool(line.curve) for line in row.trials) >= _LEAST_SEEDS for row in report.rows)
 
 
 def _looks(report: Report, table: Table) -> dict[str, _Look]:
@@ -195,7 +201,7 @@ def differences(report: Report, table: Table, looks: Mapping[str, _Look]) -> Cha
     figure.update_xaxes(range=_range(every, halves), zeroline=True, zerolinecolor=OTHERS)
     figure.update_yaxes(
         type="category",
-        autorange="reversed",
+        range=[len(rows) - 0.4, -0.6],
         tickmode="array",
         tickvals=[_text(row.arm) for row in rows],
         ticktext=[_text(_short(row.arm)) for row in rows],
@@ -224,7 +230,9 @@ def losses(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | 
     if figure is None:
         return None
     _finish(figure, "iteration", "training loss")
-    figure.update_yaxes(type="log", autorange=True, range=None)
+    values = [point.value for line in report.trials for point in line.loss if point.value > 0]
+    if values:
+        figure.update_yaxes(type="log", range=_range(np.log10(values).tolist()), dtick="D2")
     return Chart(title="Loss over training", caption=_LAYERS, figure=figure, layers=True)
 
 
@@ -244,7 +252,7 @@ def _over_steps(
         return None
     num_curves = sum(1 + looks[row.arm].named * len(row.trials) for row in drawn)
     most = max(_LEAST_OF_A_CURVE, min(_MOST_OF_A_CURVE, _MOST_POINTS // num_curves))
-    figure = go.Figure()
+    figure = go.Figure(layout={"height": _HEIGHT})
     grey = [row for row in drawn if not looks[row.arm].named]
     # The last is drawn on top.
     for row in sorted(drawn, key=lambda row: (looks[row.arm].named, row.is_baseline)):
@@ -265,7 +273,7 @@ def _over_steps(
                 y=np.asarray(trace.means, dtype=np.float32)[place],
                 text=notes,
                 meta=_text(row.arm),
-                name=_text(_label(row)) if look.named else f"{len(grey)} other arms",
+                name=_text(_short(_label(row))) if look.named else f"{len(grey)} other arms",
                 mode="lines+markers" if look.named and len(trace.steps) < 30 else "lines",
                 line={"color": look.colour, "width": _width(row, look, len(place))},
                 marker={"symbol": look.symbol, "size": 7},
@@ -276,6 +284,14 @@ def _over_steps(
             )
         )
     figure.update_layout(hovermode="closest" if grey else "x unified")
+    names = [_short(_label(row)) for row in drawn if looks[row.arm].named]
+    if max(map(len, names)) > _LONG_NAME:
+        figure.update_layout(
+            height=_HEIGHT + 22 * (len(names) // 2 + 1),  # two names in a line
+            legend={"orientation": "h", "y": -0.2, "yanchor": "top", "font": {"size": 11}},
+            legend_entrywidth=0.48,
+            legend_entrywidthmode="fraction",
+        )
     values = [point.value for row in drawn for line in row.trials for point in points(line)]
     figure.update_yaxes(range=_range(values))
     return figure
@@ -400,15 +416,17 @@ def _trade_off(
     points = []
     for row in table.rows:
         x, x_half = mean_and_ci(costs[row.arm])
-        cell = row.cells[0]
-        if x is not None and cell.mean is not None:
-            points.append((row, x, x_half or 0.0, cell.mean, cell.ci95 or 0.0))
+        y, y_half = row.cells[0].mean, row.cells[0].ci95
+        if row.cells[0].n < _LEAST_SEEDS:
+            x_half = y_half = None
+        if x is not None and y is not None:
+            points.append((row, x, x_half or 0.0, y, y_half or 0.0))
     if len(points) < 2:
         return None
     signs = (-1 if less_is_better else 1, 1 if _higher_is_better(column) else -1)
     merits = [(signs[0] * x, signs[1] * y) for _, x, _, y, _ in points]
     front = pareto(merits)
-    figure = go.Figure()
+    figure = go.Figure(layout={"height": _HEIGHT})
     edge = sorted((points[place][1], points[place][3]) for place in front)
     figure.add_trace(
         go.Scatter(
@@ -422,15 +440,16 @@ def _trade_off(
     )
     for place, (row, x, x_half, y, y_half) in enumerate(points):
         look, leads = looks[row.arm], place in front
+        labelled = len(points) <= len(PALETTE)  # more would lie on each other
         figure.add_trace(
             go.Scatter(
                 x=[x],
                 y=[y],
                 error_x={"array": [x_half], "thickness": 1, "width": 3},
                 error_y={"array": [y_half], "thickness": 1, "width": 3},
-                text=[_text(_short(row.arm))] if leads or look.named else None,
+                text=[_text(_short(row.arm))] if labelled else None,
                 textposition="top right",
-                mode="markers+text" if leads or look.named else "markers",
+                mode="markers+text" if labelled else "markers",
                 marker={
                     "color": look.colour,
                     "symbol": look.symbol if leads else f"{look.symbol}-open",
@@ -454,7 +473,7 @@ def _trade_off(
     return Chart(
         title=f"{column.heading} against {title}",
         caption="Filled and joined: the Pareto front, arms that no other beats in one without "
-        "losing in the other. Bars: 95 % confidence intervals over seeds.",
+        "losing in the other. Bars: 95 % confidence intervals, of three seeds and more.",
         figure=figure,
     )
 
@@ -500,7 +519,6 @@ def _finish(figure: go.Figure, x_title: str, y_title: str) -> None:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 60, "r": 20, "t": 36, "b": 52},
-        height=420,
         xaxis={**axis, "title": {"text": _text(x_title), "standoff": 8}},
         yaxis={**axis, "title": {"text": _text(y_title), "standoff": 8}},
         font={"family": "system-ui, sans-serif", "size": 13},
@@ -530,7 +548,9 @@ def _label(row: Row) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:31]}…"
+    """Return an arm's name for a chart: grid keys without their sections, and no novel."""
+    name = re.sub(r"(?:\w+\.)+(\w+=)", r"\1", name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _text(words: str) -> str:

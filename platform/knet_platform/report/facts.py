@@ -53,8 +53,8 @@ def _certainty(mean: float, ci95: float | None) -> str:
     if ci95 is None:
         return "one shared seed: no interval"
     if abs(mean) <= ci95:
-        return "the interval includes no difference"
-    return "the interval excludes no difference"
+        return "the interval includes zero"
+    return "the interval excludes zero"
 
 
 def _trends(report: Report) -> list[Fact]:
@@ -88,8 +88,8 @@ def _cost(report: Report) -> Fact:
     hours = [row.gpu_hours for row in report.rows if row.gpu_hours]
     usd = [row.usd for row in report.rows if row.usd]
     seconds = sum(line.seconds or 0.0 for line in report.trials)
-    trained = f"{seconds / 3600:.1f} hours of training"
+    trained = f"{seconds / 3600:,.1f} hours of training"
     if not hours:
         return Fact(name="Cost so far", value=trained, details=("no GPU",))
-    details = [trained, *([f"{sum(usd):.2f} USD"] if usd else ["no price known"])]
-    return Fact(name="Cost so far", value=f"{sum(hours):.2f} GPU-hours", details=tuple(details))
+    details = [trained, *([f"{sum(usd):,.2f} USD"] if usd else ["no price known"])]
+    return Fact(name="Cost so far", value=f"{sum(hours):,.1f} GPU-hours", details=tuple(details))

@@ -11,7 +11,7 @@ import pytest
 
 from knet_platform.planning import load_sweep
 from knet_platform.report import Report, build_report
-from knet_platform.report.charts import OTHERS, PALETTE, Chart, charts, pareto
+from knet_platform.report.charts import OTHERS, PALETTE, Chart, _short, charts, pareto
 from knet_platform.storage import Evaluation, Store, TrialResult
 from knet_platform.sweep import Sweep
 
@@ -91,6 +91,34 @@ def test_names_are_text_and_no_markup(report: Report) -> None:
     table = dataclasses.replace(report.tables[0], rows=rows)
     for drawn in charts(dataclasses.replace(report, tables=(table,))):
         assert "<b>" not in json.dumps(drawn.figure.to_plotly_json(), default=str)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("3", "3"),
+        ("model.num_kernels=50,optim.lr=1e-3", "num_kernels=50,lr=1e-3"),
+        ("kernels.only", "kernels.only"),
+        ("x" * 60, "x" * 47 + "…"),
+    ],
+)
+def test_long_names_are_shortened_where_they_say_least(name: str, shown: str) -> None:
+    assert _short(name) == shown
+
+
+def test_intervals_of_two_seeds_do_not_cross_the_whole_chart(report: Report) -> None:
+    baseline = chart(report, "AP against images").data[-1]
+    assert (baseline.meta, baseline.error_y.array[0]) == (
+        "3 (baseline)",
+        pytest.approx(8.957, abs=1e-3),
+    )
+    row = report.tables[0].rows[1]
+    two = dataclasses.replace(
+        row, cells=tuple(dataclasses.replace(cell, n=2) for cell in row.cells)
+    )
+    table = dataclasses.replace(report.tables[0], rows=(report.tables[0].rows[0], two))
+    changed = chart(dataclasses.replace(report, tables=(table,)), "AP against images").data[-1]
+    assert changed.error_y.array[0] == 0
 
 
 def test_without_numbers_there_are_no_charts(sweep: Sweep, tmp_path: Path) -> None:

@@ -313,6 +313,11 @@ class MLflowContract(TrackerContract):
         places = [url.index(tracker._runs[trial.hash]) for trial in (*sweep.trials, suggested)]
         assert places == sorted(places)
 
+    def test_the_sweep_has_a_page_of_its_own(self, tracker, sweep) -> None:
+        tracker.start_sweep(sweep.run)
+        (run,) = tracker._find(f"attributes.run_name = '{sweep.run.name}'")
+        assert tracker.sweep_url().endswith(f"/runs/{run.info.run_id}")
+
 
 class TestMLflowOnSQLite(MLflowContract):
     @pytest.fixture
