@@ -107,10 +107,10 @@
     return after(update);
   });
 
-  // Paper has another width than the window.
-  const resize = size => all(".js-plotly-plot").forEach(plot => Plotly.relayout(plot, size));
-  addEventListener("beforeprint", () => resize({ autosize: false, width: 960 }));
-  addEventListener("afterprint", () => resize({ autosize: true, width: null }));
+  // Paper has another width than the window: A4 across takes two charts, or one that is whole.
+  const resize = size => all(".js-plotly-plot").forEach(plot => Plotly.relayout(plot, size(plot)));
+  addEventListener("beforeprint", () => resize(plot => ({ autosize: false, width: plot.closest(".whole") ? 960 : 460 })));
+  addEventListener("afterprint", () => resize(() => ({ autosize: true, width: null })));
 
   // A page that is served asks whether there is news, and comes again where it was.
   const live = document.getElementById("live");

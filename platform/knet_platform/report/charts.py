@@ -36,9 +36,9 @@ CONFIG = {
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
 }
 BAND, SEED = 0.13, 0.4
-"""Opacity of a confidence band and of a single seed's line; `page.js` knows both."""
+"""Opacity of a confidence band and of a single seed's line."""
 _LEAST_SEEDS = 3
-"""Of two the interval is nine standard errors each way: it would hide everything else."""
+"""For a band or a bar: of two it is nine standard deviations each way and hides all else."""
 _HEIGHT, _LONG_NAME = 420, 24
 """Pixels of a chart, and characters of a name beyond which the legend stands below it."""
 _LONGEST_NAME = 48
@@ -56,7 +56,7 @@ class Chart:
     whole: bool = False
     """Whether it takes the width of two."""
     layers: bool = False
-    """Whether it has single seeds and bands, which the page can hide."""
+    """Whether it has curves, whose single seeds and bands the page can hide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +92,6 @@ def charts(report: Report) -> list[Chart]:
                 suffix = f" Rows apart: {table.reason}." if table.reason else ""
                 found.append(replace(chart, caption=chart.caption + suffix))
     return found
-
-
-def bands_help(report: Report) -> bool:
-    """Whether any arm has seeds enough for a band that says something."""
-    return any(sum(bool(line.curve) for line in row.trials) >= _LEAST_SEEDS for row in report.rows)
 
 
 def _looks(report: Report, table: Table) -> dict[str, _Look]:
@@ -232,13 +227,16 @@ def losses(report: Report, table: Table, looks: Mapping[str, _Look]) -> Chart | 
     _finish(figure, "iteration", "training loss")
     values = [point.value for line in report.trials for point in line.loss if point.value > 0]
     if values:
-        figure.update_yaxes(type="log", range=_range(np.log10(values).tolist()), dtick="D2")
+        limits = _range(np.log10(values).tolist())
+        # The format: between powers of ten plotly would write 20 as 2.
+        figure.update_yaxes(type="log", range=limits, dtick="D2", tickformat="~g")
     return Chart(title="Loss over training", caption=_LAYERS, figure=figure, layers=True)
 
 
 _LAYERS = (
-    "Strong line: mean over the seeds that have come so far; thin lines: single seeds; band: 95 % "
-    "confidence interval of the mean. Long curves are drawn with fewer points; peaks stay."
+    "Strong line: mean over the seeds that have come so far; thin lines: single seeds; band, of "
+    "three seeds and more: 95 % confidence interval of the mean. Long curves are drawn with fewer "
+    "points; peaks stay."
 )
 
 
@@ -272,7 +270,7 @@ def _over_steps(
                 x=np.asarray(trace.steps, dtype=np.int32)[place],
                 y=np.asarray(trace.means, dtype=np.float32)[place],
                 text=notes,
-                meta=_text(row.arm),
+                meta=[_text(row.arm)],  # a layer's is no list: an arm may be called "band"
                 name=_text(_short(_label(row))) if look.named else f"{len(grey)} other arms",
                 mode="lines+markers" if look.named and len(trace.steps) < 30 else "lines",
                 line={"color": look.colour, "width": _width(row, look, len(place))},
@@ -280,7 +278,7 @@ def _over_steps(
                 legendgroup=group,
                 legendrank=1 if row.is_baseline else 2 if look.named else 3,
                 showlegend=look.named or row is grey[0],
-                hovertemplate="%{y:.4g}%{text}<extra>%{meta}</extra>",
+                hovertemplate="%{y:.4g}%{text}<extra>%{meta[0]}</extra>",
             )
         )
     figure.update_layout(hovermode="closest" if grey else "x unified")
@@ -313,14 +311,13 @@ def _trace(curves: Sequence[Sequence[CurvePoint]]) -> _Trace:
 
 
 def _band(trace: _Trace, look: _Look, group: str, most: int) -> list[go.Scatter]:
-    halves = np.asarray(trace.halves)
-    known = np.isfinite(halves)
-    if not known.any():
+    enough = np.asarray(trace.counts) >= _LEAST_SEEDS
+    if not enough.any():
         return []
-    means = np.asarray(trace.means)[known]
-    lows, highs = means - halves[known], means + halves[known]
+    means, halves = np.asarray(trace.means)[enough], np.asarray(trace.halves)[enough]
+    lows, highs = means - halves, means + halves
     place = thin(most, lows, highs)
-    steps = np.asarray(trace.steps, dtype=np.int32)[known][place]
+    steps = np.asarray(trace.steps, dtype=np.int32)[enough][place]
     return [
         go.Scatter(
             x=np.concatenate([steps, steps[::-1]]),
@@ -416,11 +413,11 @@ def _trade_off(
     points = []
     for row in table.rows:
         x, x_half = mean_and_ci(costs[row.arm])
-        y, y_half = row.cells[0].mean, row.cells[0].ci95
-        if row.cells[0].n < _LEAST_SEEDS:
-            x_half = y_half = None
-        if x is not None and y is not None:
-            points.append((row, x, x_half or 0.0, y, y_half or 0.0))
+        cell = row.cells[0]
+        if x is not None and cell.mean is not None:
+            x_bar = x_half if x_half and len(costs[row.arm]) >= _LEAST_SEEDS else 0.0
+            y_bar = cell.ci95 if cell.ci95 and cell.n >= _LEAST_SEEDS else 0.0
+            points.append((row, x, x_bar, cell.mean, y_bar))
     if len(points) < 2:
         return None
     signs = (-1 if less_is_better else 1, 1 if _higher_is_better(column) else -1)
@@ -473,7 +470,7 @@ def _trade_off(
     return Chart(
         title=f"{column.heading} against {title}",
         caption="Filled and joined: the Pareto front, arms that no other beats in one without "
-        "losing in the other. Bars: 95 % confidence intervals, of three seeds and more.",
+        "losing in the other. Bars, of three seeds and more: 95 % confidence intervals.",
         figure=figure,
     )
 

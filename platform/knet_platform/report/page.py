@@ -7,7 +7,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from knet_platform.report import render
-from knet_platform.report.charts import BAND, CONFIG, SEED, bands_help, charts
+from knet_platform.report.charts import BAND, CONFIG, SEED, charts
 from knet_platform.report.facts import facts
 from knet_platform.report.table import Report
 from knet_platform.storage import Cause
@@ -63,6 +63,7 @@ def html(report: Report, live: Live | None = None) -> str:
     environment.globals.update(
         estimate=render.estimate, delta=render.delta, p_value=render.p_value, seeds=render.seeds
     )
+    found = charts(report)
     drawn = [
         {
             "title": chart.title,
@@ -72,7 +73,7 @@ def html(report: Report, live: Live | None = None) -> str:
                 chart.figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
             ),
         }
-        for chart in charts(report)
+        for chart in found
     ]
     evaluations = {picture.step for sheet in report.sheets for picture in sheet.evaluations}
     return environment.get_template("ablation.html.j2").render(
@@ -80,8 +81,11 @@ def html(report: Report, live: Live | None = None) -> str:
         live=live,
         facts=facts(report),
         charts=drawn,
-        bands=bands_help(report),
-        opacity={"seed": SEED, "band": BAND},
+        layers={
+            name: opacity
+            for name, opacity in (("seed", SEED), ("band", BAND))
+            if any(trace.meta == name for chart in found for trace in chart.figure.data)
+        },
         evaluations=sorted(evaluations),
         method=render.method(report),
         reduced=render.reduced(report),

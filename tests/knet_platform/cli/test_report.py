@@ -1,6 +1,12 @@
 """`knet report` through the command line."""
 
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +61,31 @@ def test_other_settings_are_other_trials(sweep: Path, capsys: pytest.CaptureFixt
         "narrow": (0, "new"),
         "model.channels=64": (0, "new"),
     }
+
+
+def test_it_serves_the_page_until_ctrl_c_and_leaves_the_port_free(sweep: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "knet_platform.cli.main", "report", str(sweep), "--serve"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background may have been told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout is not None
+        told = next(line for line in process.stdout if line.startswith("live: "))
+        found = re.fullmatch(r"live: (http://127\.0\.0\.1:(\d+)/)  \(stop with Ctrl-C\)\n", told)
+        assert found, told
+        with urllib.request.urlopen(found[1], timeout=60) as answer:
+            assert "Width of the kernels" in answer.read().decode()
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, complaint) == (130, "interrupted\n")
+    socket.create_server(("127.0.0.1", int(found[2]))).close()
 
 
 def test_a_sweep_that_is_not_there_is_one_line_and_exit_code_2(
