@@ -1,6 +1,7 @@
 """Data sets fetched from a folder and from a real S3 server: once, whole, again after faults."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -24,6 +26,7 @@ from knet_core import (
     data_fingerprint,
     make_shapes,
 )
+from knet_platform import s3
 from knet_platform.errors import StorageError, UsageError
 from knet_platform.staging import Cache, fingerprint, num_train_images, staged
 from knet_platform.staging.sources import Listed, _ETags, open_source
@@ -59,9 +62,9 @@ class Far:
         self._bucket = boto3.resource("s3").Bucket(bucket) if "s3:" in address else None
         self._root = Path(address.removeprefix("file://"))
 
-    def put(self, name: str, content: bytes) -> None:
+    def put(self, name: str, content: bytes, **options: str) -> None:
         if self._bucket:
-            self._bucket.put_object(Key=f"{self._prefix}/{name}", Body=content)
+            self._bucket.put_object(Key=f"{self._prefix}/{name}", Body=content, **options)
         else:
             (self._root / name).parent.mkdir(parents=True, exist_ok=True)
             (self._root / name).write_bytes(content)
@@ -330,11 +333,87 @@ def test_an_object_that_does_not_arrive_whole_is_never_used(in_s3, shapes, befor
     assert "\n" not in str(caught.value)
     (cached,) = Cache.in_use().sets()
     assert not (cached.files / name).exists()
-    assert not (cached.files.parent / "unfinished").exists()
     told, often = [], 2  # what passes is sat out
     with before_s3(meddle), staged(data):
         assert contents(cached.files) == contents(shapes)
     assert len(told) == 2
+
+
+@pytest.fixture
+def ranges(monkeypatch) -> list[str | None]:
+    """Collect the range that every request for `a/big` names."""
+    asked: list[str | None] = []
+    client = s3.open_client
+
+    def note(request: Any, **_: Any) -> None:
+        if request.url.endswith("/a/big"):
+            given = request.headers.get("Range")
+            asked.append(given.decode() if isinstance(given, bytes) else given)
+
+    def watched(connections: int) -> Any:
+        made = client(connections)
+        made.meta.events.register("before-send.s3.GetObject", note)
+        return made
+
+    monkeypatch.setattr(s3, "open_client", watched)
+    return asked
+
+
+def test_a_large_file_goes_on_where_it_broke_off(in_s3, before_s3, ranges):
+    content = os.urandom(4_000_000)
+    in_s3.put("a/big", content)
+    in_s3.put("a/small", b"small")
+
+    def cut(line: str, count: int) -> bytes | None:
+        if "/a/big" not in line:
+            return None
+        if len(ranges) == 1:
+            return reply(content[:3_000_000], length=len(content))
+        head = "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 3000000-3999999/4000000\r\n"
+        return f"{head}Content-Length: 1000000\r\nConnection: close\r\n\r\n".encode()
+
+    data = DataConfig(root=in_s3.address)
+    with before_s3(cut), pytest.raises(StorageError, match="a/big: cannot read"), staged(data):
+        pass
+    (cached,) = Cache.in_use().sets()
+    assert set(cached.index()) == {"a/small"}
+    (begun,) = (cached.files.parent / "unfinished").iterdir()
+    assert begun.read_bytes() == content[:3_000_000]
+    with staged(data):
+        assert contents(cached.files) == {"a/big": content, "a/small": b"small"}
+    assert ranges == [None, *["bytes=3000000-"] * 4]
+    assert not begun.parent.exists()
+
+
+def leave_unfinished(address: str, name: str) -> Path:
+    """Leave what a killed process does, with a file that a power cut spoilt; return its folder."""
+    cached = Cache.in_use().set(address, open_source(address).list())
+    with cached.used(address), cached.scratch() as unfinished:
+        (unfinished / hashlib.sha256(name.encode()).hexdigest()).write_bytes(b"x" * 1000)
+        (unfinished / "link").write_bytes(b"an object")
+        (unfinished / "link").chmod(0o444)
+    assert len(list(unfinished.iterdir())) == 2
+    return unfinished
+
+
+@pytest.mark.parametrize("encryption", [{}, {"ServerSideEncryption": "aws:kms"}])
+def test_what_had_arrived_is_dropped_where_it_may_be_damaged(in_s3, ranges, encryption):
+    content, data = os.urandom(2**20), DataConfig(root=in_s3.address)
+    in_s3.put("a/big", content, **encryption)
+    unfinished = leave_unfinished(in_s3.address, "a/big")
+    with staged(data):
+        assert contents(files_of(in_s3.address)) == {"a/big": content}
+    assert ranges == ["bytes=1000-", None]
+    assert not unfinished.exists()
+
+
+def test_files_of_a_shared_folder_begin_again(tmp_path):
+    far = Far(f"file://{tmp_path}/shared")
+    far.put("a/big", os.urandom(5000))
+    unfinished = leave_unfinished(far.address, "a/big")
+    with staged(DataConfig(root=far.address)):
+        assert contents(files_of(far.address)) == contents(tmp_path / "shared")
+    assert not unfinished.exists()
 
 
 def test_objects_that_were_uploaded_in_parts_are_verified_too(in_s3, tmp_path):
@@ -350,12 +429,12 @@ def test_objects_that_were_uploaded_in_parts_are_verified_too(in_s3, tmp_path):
     for start in range(0, len(content), 2**20):
         found.update(content[start : start + 2**20])
     assert found.etag() == listed.version
-    with (tmp_path / "copy").open("xb") as target:
+    with (tmp_path / "copy").open("x+b") as target:
         source.fetch(listed, target)
     assert (tmp_path / "copy").read_bytes() == content
     in_s3.put("a/big", b"replaced")
     with (
-        (tmp_path / "other").open("xb") as target,
+        (tmp_path / "other").open("x+b") as target,
         pytest.raises(StorageError, match="replaced meanwhile: run again"),
     ):
         source.fetch(listed, target)

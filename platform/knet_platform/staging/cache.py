@@ -5,6 +5,7 @@
     sets/<id>/index        what of it is here, a line of JSON each: name, size, version, SHA-256
     sets/<id>/address      where it comes from; its time of change is that of the last use
     sets/<id>/complete     is there when all of it is
+    sets/<id>/unfinished/  what is on its way, or broke off
     locks/                 of sets in use, of addresses being fetched, and of making room
 
 Locks are the kernel's (`flock`): whoever dies lets go of them.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_IWUSR
 from typing import BinaryIO
 
 from knet_core import DiskFullError
@@ -312,14 +314,17 @@ class CachedSet:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yield an empty folder for what is on its way; its content goes with the block."""
+        """Yield the folder of what is on its way; what breaks off stays in it for next time."""
         folder = self._folder / "unfinished"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if not path.stat().st_mode & S_IWUSR:  # it had arrived, and may be an object
+                path.unlink()
         try:
             yield folder
         finally:
-            shutil.rmtree(folder)
+            with suppress(OSError):
+                folder.rmdir()
 
     def settle(self, arrived: Path, file: Listed, digest: str) -> Kept:
         """Put a file that has arrived in its place, as the one file that has its content."""

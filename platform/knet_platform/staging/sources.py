@@ -46,6 +46,11 @@ class Source(Protocol):
     def fetch(self, file: Listed, target: BinaryIO) -> str:
         """Write the content of a listed file, and return its SHA-256 in hex digits.
 
+        Args:
+            file: The file.
+            target: Read and appended to. It may have what an earlier attempt began, and has it
+                after an error.
+
         Raises:
             StorageError: It is not what was listed any more, or did not arrive whole.
         """
@@ -104,17 +109,15 @@ class _Bucket:
         )
 
         where = f"{self._address}/{file.name}"
-        passing = (
-            *(ResponseStreamingError, ReadTimeoutError, IncompleteReadError),
-            *(FlexibleChecksumError, _DamagedError),
-        )
+        broken = (ResponseStreamingError, ReadTimeoutError, IncompleteReadError)
+        damaged = (FlexibleChecksumError, _DamagedError)
         with self._s3.explained(where, "read"):
             for left in reversed(range(_READS)):
-                target.seek(0)
-                target.truncate()
                 try:
                     return self._read(where, file, target)
-                except passing:
+                except (*broken, *damaged) as error:
+                    if isinstance(error, damaged):
+                        target.truncate(0)
                     if not left:
                         raise
         raise AssertionError("the last attempt returns or raises")
@@ -124,8 +127,21 @@ class _Bucket:
         etag = _ETAG.fullmatch(file.version)
         parts = int(etag[1]) if etag and etag[1] else 0
         size = self._client.head_object(**key, PartNumber=1)["ContentLength"] if parts else None
-        answer = self._client.get_object(**key, IfMatch=f'"{file.version}"')
         content, found = hashlib.sha256(), _ETags(size)
+        # One byte at least is left to ask for.
+        target.truncate(min(target.seek(0, os.SEEK_END), max(file.size - 1, 0)))
+        target.seek(0)
+        while chunk := target.read(_CHUNK):
+            content.update(chunk)
+            found.update(chunk)
+        begun = target.tell()
+        rest = {"Range": f"bytes={begun}-"} if begun else {}
+        answer = self._client.get_object(**key, **rest, IfMatch=f'"{file.version}"')
+        verifiable = etag is not None and not _encrypted(answer)
+        if begun and not (verifiable and "ContentRange" in answer):
+            answer["Body"].close()
+            target.truncate(0)  # nothing would tell whether the rest fits to it
+            return self._read(where, file, target)
         for chunk in answer["Body"].iter_chunks(_CHUNK):
             target.write(chunk)
             content.update(chunk)
@@ -135,8 +151,8 @@ class _Bucket:
                 f"{where}: {target.tell()} bytes arrived, expected {file.size}; run again"
             )
         # Parts of different sizes make another number of them here: then the length must do.
-        known = etag and not _encrypted(answer) and found.parts == parts
-        if known and found.etag() != file.version:
+        known = verifiable and found.parts == parts
+        if (known and found.etag() != file.version) or (begun and not known):
             raise _DamagedError(
                 f"{where}: the content that arrived is not that of its ETag {file.version}; run "
                 f"again, and if it stays so, upload the object once more"
@@ -202,8 +218,10 @@ class _Folder:
             return _checked(self._address, self._walk(self._root))
 
     def fetch(self, file: Listed, target: BinaryIO) -> str:
-        """See `Source`."""
+        """See `Source`; always from the start: nothing would tell whether a rest fits."""
         content = hashlib.sha256()
+        target.seek(0)
+        target.truncate()
         with (
             disk_explained(f"{self._address}/{file.name}", "read", "data.root"),
             (self._root / file.name).open("rb") as source,

@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import hashlib
 import os
 import sys
 import time
@@ -182,18 +183,22 @@ def _fetch(
         for kept in _borrowed(missing, cache, cached, scratch):
             add(kept)
             del missing[kept.name]
+        places = {
+            scratch / hashlib.sha256(name.encode()).hexdigest(): file
+            for name, file in missing.items()
+        }
+        begun = sum(path.stat().st_size for path in scratch.iterdir() if path in places)
         total, done = sum(file.size for file in missing.values()), 0
-        with cache.room_for(total):
+        with cache.room_for(total - begun):
             tell(0, total)
 
-        def fetch(number: int, file: Listed) -> Kept:
-            arrived = scratch / str(number)
-            with arrived.open("xb") as target:
+        def fetch(place: Path, file: Listed) -> Kept:
+            with place.open("a+b") as target:
                 digest = source.fetch(file, target)
-            return cached.settle(arrived, file, digest)
+            return cached.settle(place, file, digest)
 
         with ThreadPoolExecutor(THREADS, "fetch") as pool:
-            left = {pool.submit(fetch, *item) for item in enumerate(missing.values())}
+            left = {pool.submit(fetch, *item) for item in places.items()}
             try:
                 for future in as_completed(set(left)):
                     kept = future.result()
