@@ -20,6 +20,11 @@ from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
 from knet_platform.sweep import Sweep, Trial
 from knet_platform.tracking import Tracker, TrialModel, TrialRun
 
+TAKEN_OVER = (
+    "taken over by another run, which goes on from its newest checkpoint; once that has ended, "
+    "the same command takes its result"
+)
+
 
 class Bridge(ray.tune.Callback):
     """Hears of every trial from Tune, in this process: the only writer to the tracker."""
@@ -105,7 +110,7 @@ class Bridge(ray.tune.Callback):
             self._end(ours, result["reason"])
             self._stop_alike(ours, result["cause"], result["reason"])
         elif result.get("outcome") == "stopped":
-            self._end(ours, self._stopped.get(ours.hash, "taken over by another run"))
+            self._end(ours, self._stopped.setdefault(ours.hash, TAKEN_OVER))
         elif result.get("outcome") == "paused":
             self.paused.add(ours.hash)
             self._stop(ours, "budget reached; it can go on")

@@ -322,31 +322,38 @@ def test_a_population_trains_in_step_and_ends_the_same_wherever_it_was_stopped(
         assert again == schedules[name]
 
 
-def test_a_sweep_that_is_renamed_under_way_goes_on_where_it_was(
+def test_of_two_sweeps_at_once_the_later_takes_over_the_trial_that_both_have(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its new name has another lock, so both run at once: the second takes the trials over."""
+    """So it is for one sweep that is renamed under way: its new name has another lock."""
     path = scripted.write("arms: {base: {}, other: {optim.lr: 0.1}}\n")
-    base, other = (scripted.store.trial(trial.hash) for trial in load_sweep(path).trials)
+    second = path.with_name("second.yaml")
+    arms = "arms: {base: {optim.lr: 0.2}, shared: {optim.lr: 0.1}}\n"
+    second.write_text(HEAD.replace("scripted", "second") + arms)
+    base, other = (trial.hash for trial in load_sweep(path, overrides=[LONG]).trials)
+    assert load_sweep(second, overrides=[LONG]).trials[1].hash == other
+    codes: list[int] = []
 
     def update(self: PlainProgress, trial: Trial, moment: Moment) -> None:
-        if trial.arm == "other" and moment.step == 20:
-            save(other, 20, [*other.points()])
-            attempts.claim(other, "of the renamed sweep")
+        if trial.name == "other/0" and moment.step == 20:
+            prices = ["--prices", str(scripted.folder / "prices.yaml")]
+            codes.append(main(["run", str(second), LONG, *prices]))
 
     monkeypatch.setattr(progress.PlainProgress, "update", update)
-    code, outcome = scripted.knet("run")
-    assert code == 3
+    code, outcome = scripted.knet("run", LONG)
+    assert (codes, code) == ([0], 3)
     assert names(outcome["finished"]) == ["base/0"]
     (failed,) = outcome["failed"]
-    assert failed["reason"] == "taken over by another run"
-    assert (other.status(), other.failures()) == ("partial", ())
+    assert (failed["trial_hash"], failed["reason"]) == (other, bridge.TAKEN_OVER)
+    run = scripted.runs()["other/0"]
+    assert (run.info.status, run.data.tags["status_reason"]) == ("KILLED", bridge.TAKEN_OVER)
+    store = scripted.store.trial(other)
+    assert (store.failures(), store.status(), attempts.count(store)) == ((), "finished", 2)
 
-    path.write_text(path.read_text().replace("name: scripted", "name: renamed", 1))
-    finished = base.result()
-    code, outcome = scripted.knet("run")
+    results = [scripted.store.trial(trial_hash).result() for trial_hash in (base, other)]
+    code, outcome = scripted.knet("run", LONG)
     assert (code, names(outcome["finished"])) == (0, ["base/0", "other/0"])
-    assert base.result() == finished
-    renamed = scripted.runs("renamed")
-    assert {run.info.status for run in renamed.values()} == {"FINISHED"}
-    assert scripted.steps(renamed["other/0"]) == [10, 20, 30, 40]
+    assert [scripted.store.trial(h).result() for h in (base, other)] == results
+    for run in (scripted.runs()["other/0"], scripted.runs("second")["shared/0"]):
+        assert run.info.status == "FINISHED"
+        assert scripted.steps(run) == list(range(10, 81, 10))

@@ -17,6 +17,7 @@ from knet_platform.config import load_recipe
 from knet_platform.errors import InterruptedSweepError
 from knet_platform.home import knet_home, require_writable, tracking_uri
 from knet_platform.identity import trial_hash
+from knet_platform.locks import output_lock
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.staging import fingerprint, staged
 from knet_platform.storage import Store
@@ -70,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or knet_home() / "runs" / trial.hash
     for folder in (knet_home(), output):
         require_writable(folder)
-    checkpoint = _starting_point(output)
     keep_freed_memory()
     tracker = open_tracker(
         f"{sweep.name}-{trial.hash}",  # several may train one recipe at a time, with other seeds
@@ -80,11 +80,13 @@ def run(args: argparse.Namespace) -> int:
     )
     terminated = Event()
     with (
+        output_lock(output, knet_home()),
         staged(recipe.data, expected=identity),
         _tracked(tracker, sweep),
         _termination_noted(terminated),
         progress_bar(sweep.name) as advance,
     ):
+        checkpoint = _starting_point(output)
         if checkpoint is None:
             _record_provenance(output, recipe)
         for name, content in Store(str(output)).run_folder().provenance_files().items():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlflow.entities import Run
 from knet_core import read_state
 from knet_platform.cli.main import main
 from knet_platform.home import tracking_uri
+from knet_platform.locks import output_lock
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_run_that_nobody_wants_tracked_leaves_nothing_but_its_checkpoints(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     assert main(["train", str(recipe), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
-    assert sorted(path.name for path in home.iterdir()) == ["runs", "tracking"]
+    assert sorted(path.name for path in home.iterdir()) == ["locks", "runs", "tracking"]
     assert list((home / "tracking").iterdir()) == []
 
 
@@ -103,6 +105,17 @@ def test_a_store_that_cannot_be_used_stops_it_before_training(
     assert main(["train", str(recipe)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (home / "runs").exists()
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    recipe: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    with output_lock(out, home):
+        assert main(["train", str(recipe), "--output", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"process {os.getpid()} on {socket.gethostname()} is running it in {out}" in line
+    assert not out.exists()
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
