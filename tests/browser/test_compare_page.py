@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions as expected
 from selenium.webdriver.support.ui import WebDriverWait
@@ -105,6 +106,32 @@ def test_the_address_after_a_sweep_leads_to_the_same_page(
     assert url is not None
     browser.get(url)
     shows_what_differs(browser)
+
+
+def test_a_runs_pictures_are_shown_by_step(
+    browser: webdriver.Chrome, tracker: MLflowTracker
+) -> None:
+    url = tracker.compare_url()
+    assert url is not None
+    browser.get(url)
+    (first, _) = cells(browser, "Run ID:")
+    appears(browser, f"//a[normalize-space()='{first}']").click()
+    appears(browser, "//*[@role='tab' or self::a][normalize-space()='Model metrics']").click()
+    # What is below the window is drawn when it comes into sight.
+    heading = appears(browser, "//div[text()='Model metrics']")
+    browser.execute_script("arguments[0].scrollIntoView()", heading)
+    appears(browser, "//*[text()='probe']")
+    slider = appears(browser, "//*[@role='slider']")
+    for step in (100, 300):
+        slider.send_keys(Keys.ARROW_RIGHT)
+        assert slider.get_attribute("aria-valuenow") == str(step)
+        shown = f"//img[contains(@src, 'probe%2Bstep%2B{step}%2B')]"
+        image = WebDriverWait(browser, SECONDS).until(
+            expected.presence_of_element_located((By.XPATH, shown))
+        )
+        WebDriverWait(browser, SECONDS).until(
+            lambda _, image=image: image.get_property("naturalWidth") == 96
+        )
 
 
 def row(name: str) -> str:
