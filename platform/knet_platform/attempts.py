@@ -89,10 +89,8 @@ def is_pruned(store: TrialStore, run_id: str) -> bool:
 
 
 def _read(store: TrialStore) -> tuple[str, int]:
-    if _FILE not in store.list():
-        return "", 0
-    values = json.loads(store.read_bytes(_FILE))
-    return str(values["run"]), int(values["attempt"])
+    found = store.read_json(_FILE, lambda values: (str(values["run"]), int(values["attempt"])))
+    return found or ("", 0)
 
 
 def _write(store: TrialStore, run_id: str, attempt: int) -> None:

@@ -11,11 +11,10 @@ Every file appears whole or not at all (`files`).
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import yaml
 
@@ -27,6 +26,7 @@ from knet_platform.provenance import Provenance, with_absolute_root
 if TYPE_CHECKING:
     from knet_core import CheckpointState, Recipe
 
+T = TypeVar("T")
 Status = Literal["finished", "partial", "failed", "new"]
 Cause = Literal[
     "preempted",
@@ -192,12 +192,12 @@ class TrialStore:
 
     def result(self) -> TrialResult | None:
         """Return the result of a finished trial."""
-        values = self._read_json("result.json")
-        if values is None:
-            return None
-        with self._of_this_version("result.json"):
+
+        def make(values: dict[str, Any]) -> TrialResult:
             evaluations = tuple(Evaluation(**item) for item in values.pop("evaluations"))
             return TrialResult(evaluations=evaluations, **values)
+
+        return self.read_json("result.json", make)
 
     def write_result(self, result: TrialResult) -> None:
         """Mark the trial as finished, whatever ended it before."""
@@ -213,16 +213,12 @@ class TrialStore:
 
     def failure(self) -> Failure | None:
         """Return the failure that ended the trial; None if it went on or can go on."""
-        values = self._read_json("failure.json")
-        if values is None:
-            return None
-        with self._of_this_version("failure.json"):
-            return Failure(**values)
+        return self.read_json("failure.json", lambda values: Failure(**values))
 
     def failures(self) -> tuple[Failure, ...]:
         """Return everything that ever went wrong in the trial, oldest first."""
         names = (f"{FAILURES}/{number:04d}.json" for number in self._failure_numbers())
-        return tuple(Failure(**self._load_json(name)) for name in names)
+        return tuple(self._load_json(name, lambda values: Failure(**values)) for name in names)
 
     def write_failure(self, failure: Failure, *, final: bool = True) -> None:
         """Add a failure to the record.
@@ -244,8 +240,7 @@ class TrialStore:
         """Return where a screen stopped the trial; None if it went on, or ended otherwise."""
         if {"result.json", "failure.json"} & set(self.list()):
             return None
-        values = self._read_json("pruned.json")
-        return None if values is None else Pruned(**values)
+        return self.read_json("pruned.json", lambda values: Pruned(**values))
 
     def write_pruned(self, pruned: Pruned) -> None:
         """Tell the trial to save and stop."""
@@ -257,10 +252,10 @@ class TrialStore:
 
     def provenance(self) -> Provenance | None:
         """Return what the trial was made from; None before its first start."""
-        values = self._read_json("provenance.json")
-        if values is None:
-            return None
-        return Provenance(notes=tuple(values.pop("notes")), **values)
+        return self.read_json(
+            "provenance.json",
+            lambda values: Provenance(notes=tuple(values.pop("notes")), **values),
+        )
 
     def write_provenance(self, provenance: Provenance, patch: str) -> None:
         """Record what the trial is made from, with the uncommitted changes if there are any."""
@@ -306,8 +301,9 @@ class TrialStore:
         """Return the curves so far, step by step; what was measured twice, as it was first."""
         found: dict[int, Evaluation] = {}
         for name in self.list(CURVES):
-            for values in self._load_json(f"{CURVES}/{name}"):
-                point = Evaluation(**values)
+            for point in self._load_json(
+                f"{CURVES}/{name}", lambda points: [Evaluation(**values) for values in points]
+            ):
                 if known := found.get(point.step):
                     point = replace(known, metrics=point.metrics | known.metrics)
                 found[point.step] = point
@@ -359,6 +355,14 @@ class TrialStore:
         """
         return self._files.read(self._name(relative))
 
+    def read_json(self, relative: str, make: Callable[[Any], T]) -> T | None:
+        """Return what `make` makes of a JSON file's values; None where there is no such file.
+
+        Raises:
+            StorageError: It is damaged, or lacks keys or has others than `make` knows.
+        """
+        return self._load_json(relative, make) if relative in self.list() else None
+
     def delete(self, relative: str) -> None:
         """Delete one file if it is there.
 
@@ -382,26 +386,13 @@ class TrialStore:
         found = (_FAILURE.fullmatch(name) for name in self.list(FAILURES))
         return sorted(int(match[1]) for match in found if match)
 
-    def _read_json(self, relative: str) -> dict[str, Any] | None:
-        if relative not in self.list():
-            return None
-        values: dict[str, Any] = self._load_json(relative)
-        return values
-
-    def _load_json(self, relative: str) -> Any:
+    def _load_json(self, relative: str, make: Callable[[Any], T]) -> T:
         try:
-            values = json.loads(self.read_bytes(relative))
+            return make(json.loads(self.read_bytes(relative)))
         except ValueError as error:
             raise StorageError(
                 f"{self.uri}/{relative}: not valid JSON; delete the file to run the trial again"
             ) from error
-        return values
-
-    @contextmanager
-    def _of_this_version(self, relative: str) -> Iterator[None]:
-        """Say what to do about a file whose keys this version does not know, or misses."""
-        try:
-            yield
         except (TypeError, KeyError) as error:
             raise StorageError(
                 f"{self.uri}/{relative}: written by another version of knet ({error}); use that "

@@ -185,6 +185,7 @@ def test_it_loads_without_a_request_or_a_complaint_and_names_are_text(
     assert EVIL in [entry.text for entry in legend]
     main = opened.find_element(By.TAG_NAME, "main").text
     assert "no value: failed: Died" in main
+    assert f"{EVIL} (every seed): no value: finished without FPS" in main
     assert f"Died: {EVIL}" in main
 
 
@@ -262,6 +263,15 @@ def test_sliders_go_by_keyboard_and_speak(opened: webdriver.Chrome) -> None:
     slider.send_keys(Keys.END)  # arms with fewer updates show their last
     captions = [each.text for each in opened.find_elements(By.CSS_SELECTOR, ".updates .at")]
     assert captions == ["after update 1", "after update 3", "after update 5"]
+
+
+def test_every_arm_that_has_kernel_maps_shows_them(opened: webdriver.Chrome) -> None:
+    found = opened.find_elements(By.CSS_SELECTOR, "[aria-labelledby=kernels] figure")
+    assert [each.find_element(By.TAG_NAME, "strong").text for each in found] == list(APS)
+    for each in found:
+        image = each.find_element(By.TAG_NAME, "img")
+        assert int(image.get_property("naturalWidth")) > 0
+        assert "kernel" in image.accessible_name
 
 
 def test_seeds_and_bands_can_be_hidden(opened: webdriver.Chrome) -> None:

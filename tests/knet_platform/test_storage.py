@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from knet_core import DiskFullError
+from knet_platform import attempts
 from knet_platform.errors import StorageError
-from knet_platform.storage import Evaluation, Failure, Pruned, Store, TrialResult
+from knet_platform.storage import Evaluation, Failure, Pruned, Store, TrialResult, TrialStore
 
 RESULT = TrialResult(
     trial_hash="ab",
@@ -184,6 +185,30 @@ def test_a_damaged_result_is_named(tmp_path):
     trial.write_bytes("result.json", b"{")
     with pytest.raises(StorageError, match=r"result\.json: not valid JSON"):
         trial.result()
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("result.json", TrialStore.result),
+        ("failure.json", TrialStore.failure),
+        ("failures/0001.json", TrialStore.failures),
+        ("pruned.json", TrialStore.pruned),
+        ("provenance.json", TrialStore.provenance),
+        ("curves/000000.json", TrialStore.points),
+        ("attempt.json", attempts.count),
+    ],
+)
+def test_a_file_of_another_version_is_refused_with_what_to_do(tmp_path, name, read):
+    trial = Store(str(tmp_path)).trial("ab")
+    values = {"of_next_year": 1}
+    content = json.dumps([values] if "curves" in name else values).encode()
+    trial.write_bytes(name, content)
+    said = rf"{name}: written by another version of knet \(.*\); use that version, or delete"
+    with pytest.raises(StorageError, match=said) as caught:
+        read(trial)
+    assert "\n" not in str(caught.value)
+    assert trial.read_bytes(name) == content
 
 
 def test_results_are_plain_json(tmp_path):

@@ -178,7 +178,13 @@ def reduced(report: Report) -> list[tuple[str, str]]:
 
 def missing(report: Report) -> list[tuple[str, str]]:
     """Return the trials without a value, those with the same fate together, as (names, fate)."""
-    return _together(report, ((line, line.detail) for line in report.unfinished))
+    first, *others = report.columns
+    fates = [(line, line.detail) for line in report.unfinished]
+    for line in report.trials:
+        lacking = [column.heading for column in others if column.metric not in line.metrics]
+        if lacking and first.metric in line.metrics:
+            fates.append((line, f"finished without {', '.join(lacking)}"))
+    return _together(report, fates)
 
 
 def _together(report: Report, fates: Iterable[tuple[TrialLine, str]]) -> list[tuple[str, str]]:

@@ -68,11 +68,25 @@ def test_without_a_terminal_it_looks_once_in_plain_lines(
     first, second, wide, odd, narrow, trouble = capsys.readouterr().out.splitlines()
     assert first == "width: 1 of 3 trials finished (1 running, 1 failed, 1 finished)"
     assert second.startswith("1 GPUs in use; 1.00 GPU-hours, 2.00 USD of 50 up to the newest")
+    assert re.search(r"time left: \d+[hm]\d\d[ms]$", second)
     assert wide.startswith("wide  50%  1 running  AP 25.0 (+5.0 to the baseline)  loss 1.500")
     assert "8.0 images/s  50% waiting for data" in wide
     assert odd.startswith("odd  0%  1 failed")
     assert narrow == "narrow (baseline)  100%  1 finished  AP 30.0"
     assert trouble == "odd/0: failed: Died: [red]no[/red]"
+
+
+def test_a_sweep_that_has_not_begun_is_all_waiting(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe.with_name("width.yaml")
+    path.write_text(SWEEP)
+    assert main(["top", str(path)]) == 0
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first == "width: 0 of 3 trials finished (3 waiting)"
+    assert second.startswith("0 GPUs in use; 0.00 GPU-hours, 0.00 USD of 50")
+    assert [line.split()[0] for line in others] == ["narrow", "wide", "odd"]
+    assert all("1 waiting  AP -" in line for line in others)
 
 
 def test_json_tells_every_trial(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +101,18 @@ def test_json_tells_every_trial(sweep: Path, capsys: pytest.CaptureFixture[str])
 def test_on_a_terminal_it_follows_until_ctrl_c(sweep: Path) -> None:
     process, terminal = start(sweep)
     try:
-        shown = read_until(terminal, "wide", "━", "+5.0", "[red]no[/red]", "1 failed", "Δ base")
+        shown = read_until(
+            terminal,
+            "wide",
+            "━",
+            "+5.0",
+            "[red]no[/red]",
+            "1 failed",
+            "Δ base",
+            "1 GPUs in use",
+            "USD of 50",
+            "time left:",
+        )
         assert "Traceback" not in shown
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from knet_platform.errors import StorageError
+from knet_platform.links import write_links
 from knet_platform.report import Report, Terminal, build_report, write_report
 from knet_platform.report.data_files import csv_text, json_text
 from knet_platform.report.page import html
@@ -275,6 +276,25 @@ def test_smaller_micro_batches_are_flagged(sweep: Sweep, store: Store) -> None:
     report = build_report(sweep, store)
     assert "flagged: 3/1: out of memory, so trained with micro-batches of 2" in markdown(report)
     assert "smaller micro-batch" in html(report)
+
+
+def test_a_metric_that_an_arm_lacks_is_named(sweep: Sweep, store: Store) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "3/1")
+    found = store.trial(trial.hash).result()
+    assert found is not None
+    metrics = {name: value for name, value in found.metrics.items() if name != "bench/fps"}
+    store.trial(trial.hash).write_result(dataclasses.replace(found, metrics=metrics))
+    report = build_report(sweep, store)
+    assert ("3/1", "finished without FPS") in missing(report)
+    assert "missing: 3/1: finished without FPS" in markdown(report)
+    assert "3/1: no value: finished without FPS" in html(report)
+
+
+def test_the_page_leads_to_the_tracking_server(sweep: Sweep, store: Store) -> None:
+    write_links(store, sweep.name, {"<its> run": "http://127.0.0.1:5000/#/runs/1?a=1&b=2"})
+    assert '<a href="http://127.0.0.1:5000/#/runs/1?a=1&amp;b=2">&lt;its&gt; run</a>' in html(
+        build_report(sweep, store)
+    )
 
 
 def test_rows_that_stand_apart_do_so_in_every_form(report: Report, tmp_path: Path) -> None:
