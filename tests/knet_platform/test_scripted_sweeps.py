@@ -328,7 +328,7 @@ def test_of_two_sweeps_at_once_the_later_takes_over_the_trial_that_both_have(
     """So it is for one sweep that is renamed under way: its new name has another lock."""
     path = scripted.write("arms: {base: {}, other: {optim.lr: 0.1}}\n")
     second = path.with_name("second.yaml")
-    arms = "arms: {base: {optim.lr: 0.2}, shared: {optim.lr: 0.1}}\n"
+    arms = "arms: {base: {optim.lr: 0.2}, shared: {optim.lr: 0.1}, twin: {optim.lr: 0.1}}\n"
     second.write_text(HEAD.replace("scripted", "second") + arms)
     base, other = (trial.hash for trial in load_sweep(path, overrides=[LONG]).trials)
     assert load_sweep(second, overrides=[LONG]).trials[1].hash == other
@@ -354,6 +354,8 @@ def test_of_two_sweeps_at_once_the_later_takes_over_the_trial_that_both_have(
     code, outcome = scripted.knet("run", LONG)
     assert (code, names(outcome["finished"])) == (0, ["base/0", "other/0"])
     assert [scripted.store.trial(h).result() for h in (base, other)] == results
-    for run in (scripted.runs()["other/0"], scripted.runs("second")["shared/0"]):
+    runs = scripted.runs("second")
+    assert set(runs) == {"second", "base/0", "shared/0"}  # its equal arms are one trial
+    for run in (scripted.runs()["other/0"], runs["shared/0"]):
         assert run.info.status == "FINISHED"
         assert scripted.steps(run) == list(range(10, 81, 10))

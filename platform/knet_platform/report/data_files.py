@@ -17,13 +17,14 @@ def csv_text(report: Report) -> str:
     before = ["table", "arm", "baseline", "metric", "heading"]
     after = ["seeds", "status", "gpu_hours", "usd", "missing"]
     writer.writerow([*before, *names, *after])
-    metric = report.columns[0].metric
     for number, table in enumerate(report.tables, start=1):
         for row in table.rows:
-            lacking = "; ".join(
-                f"{line.seed}: {line.detail}" for line in row.trials if metric not in line.metrics
-            )
             for column, cell in zip(report.columns, row.cells, strict=True):
+                lacking = "; ".join(
+                    f"{line.seed}: {line.detail}"
+                    for line in row.trials
+                    if column.metric not in line.metrics
+                )
                 values = [
                     *(number, row.arm, str(row.is_baseline).lower()),
                     *(column.metric, column.heading, *_flat(cell_values(cell)).values()),

@@ -288,6 +288,12 @@ def test_a_metric_that_an_arm_lacks_is_named(sweep: Sweep, store: Store) -> None
     assert ("3/1", "finished without FPS") in missing(report)
     assert "missing: 3/1: finished without FPS" in markdown(report)
     assert "3/1: no value: finished without FPS" in html(report)
+    rows = csv.DictReader(io.StringIO(csv_text(report)))
+    told = {row["metric"]: row["missing"] for row in rows if row["arm"] == "3"}
+    assert told == {
+        **dict.fromkeys(("val/AP", "val/AP50", "val/AP75"), ""),
+        "bench/fps": "1: finished at step 300",
+    }
 
 
 def test_the_page_leads_to_the_tracking_server(sweep: Sweep, store: Store) -> None:
