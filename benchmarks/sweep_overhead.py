@@ -135,6 +135,9 @@ def noop_group(
     """Take the place of the Train group."""
     import ray.tune
 
+    from knet_platform.storage import Group
+
+    store.add_group(Group(workers=1, seconds=0.0))
     leave_checkpoint(Path(store.uri))
     Path(job.store_uri, f"process_{os.getpid()}").touch()
     ray.tune.report({"step": 1, "total": 1, "points": []})

@@ -14,9 +14,19 @@ RESERVE_SECONDS = 10.0
 
 
 def limit_seconds(sweep: Sweep, usd_per_hour: float) -> float | None:
-    """Return for how long the sweep's trials may train, added up; None without a limit."""
-    gpus = sweep.resources.workers * sweep.resources.gpus_per_worker
-    caps = ((sweep.budget.usd, usd_per_hour), (sweep.budget.gpu_hours, gpus))
+    """Return for how long the sweep's trials may train, added up; None without a limit.
+
+    Elastic trials count as if they always had the most workers: the limit is never passed, and
+    may be reached early.
+
+    Args:
+        sweep: The sweep.
+        usd_per_hour: What an hour of one trial costs with the least workers.
+    """
+    resources = sweep.resources
+    gpus = resources.most_workers * resources.gpus_per_worker
+    usd = usd_per_hour * resources.most_workers / resources.least_workers
+    caps = ((sweep.budget.usd, usd), (sweep.budget.gpu_hours, gpus))
     limits = [cap / rate * 3600 for cap, rate in caps if cap is not None and rate > 0]
     return min(limits, default=None)
 

@@ -6,9 +6,10 @@ driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import ray.train
@@ -40,7 +41,8 @@ class TrialJob:
     store_uri: str
     run_id: str
     """The run of the sweep that started the trial; see `attempts`."""
-    workers: int
+    workers: Sequence[int]
+    """Numbers of them that it may train with, ascending; of several, as many as have room."""
     cpus_per_worker: float
     gpus_per_worker: float
     hang_minutes: float
@@ -49,8 +51,8 @@ class TrialJob:
     """A `Retention`."""
     most_evaluations: int | None
     """After which a member of a population waits for the others; None: it trains to its end."""
-    usd_per_hour: float | None
-    """What all workers together cost; None where the sweep names no price."""
+    usd_per_worker_hour: float | None
+    """None where the sweep names no price."""
 
 
 Train = Callable[[TrialJob, TrialStore, int, int | None], tuple[str, bool]]
@@ -102,7 +104,9 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     result = _result(job, store, device, time.monotonic() - began, policy.images_at_once)
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
-    ray.tune.report({"outcome": "finished", "points": [final]})
+    # What a group of workers reported last, before Ray Train replaced it, nobody may have heard.
+    curve = _points(store) if result.earlier_workers else []
+    ray.tune.report({"outcome": "finished", "points": [*curve, final]})
 
 
 def _waits(job: TrialJob, store: TrialStore) -> bool:
@@ -154,25 +158,22 @@ def _fit(
 ) -> tuple[str, bool]:
     """Return the device's name, and whether the trial came to its end."""
     # Loads torch, which the process that runs the sweep can do without.
-    from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    from knet_platform.groups import make_trainer
 
     _name_cluster()
     store.delete(_RAYS_RECORD)
     # Ray's annotations describe its version 1.
-    trainer: Any = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]
+    trainer: Any = make_trainer(
+        job.workers,
+        train_worker,
         train_loop_config={
             **asdict(job),
             "attempt": attempt,
             "images_at_once": images_at_once,
         },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.workers,
-            use_gpu=job.gpus_per_worker > 0,
-            resources_per_worker={"CPU": job.cpus_per_worker}
-            | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
-        ),
+        scaling_config=scaling(job),
         run_config=ray.train.RunConfig(
             name=job.trial_hash,
             storage_path=store.uri.rpartition("/")[0],
@@ -187,6 +188,23 @@ def _fit(
     )
     device, finished = trainer.fit().return_value
     return device, finished
+
+
+def scaling(job: TrialJob) -> ray.train.ScalingConfig:
+    """Return what a group of workers takes: all of it or nothing, on as few nodes as can hold it.
+
+    Beside its workers a trial takes nothing: its controller runs where the driver does.
+    """
+    least, most = job.workers[0], job.workers[-1]
+    # Ray's annotations describe its version 1.
+    return ray.train.ScalingConfig(
+        num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
+        use_gpu=job.gpus_per_worker > 0,
+        resources_per_worker={"CPU": job.cpus_per_worker}
+        | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
+        placement_strategy="PACK",
+        elastic_resize_monitor_interval_s=0,  # type: ignore[call-arg]  # see `groups`
+    )
 
 
 def _name_cluster() -> None:
@@ -209,10 +227,13 @@ def _result(
     name, state = store.latest_checkpoint(), store.state()
     assert name is not None, "the last step of a fit saves"
     assert state is not None, "the last step of a fit saves"
-    hours = state.seconds / 3600
-    costs = {"sys/gpu_hours": hours * job.workers * job.gpus_per_worker}
-    if job.usd_per_hour is not None:
-        costs["cost/usd"] = hours * job.usd_per_hour
+    groups = store.groups()
+    bounds = [0.0, *(group.seconds for group in groups[1:]), state.seconds]
+    spans = [end - start for start, end in pairwise(bounds)]
+    worker_hours = sum(s * g.workers for s, g in zip(spans, groups, strict=True)) / 3600
+    costs = {"sys/gpu_hours": worker_hours * job.gpus_per_worker}
+    if job.usd_per_worker_hour is not None:
+        costs["cost/usd"] = worker_hours * job.usd_per_worker_hour
     return TrialResult(
         trial_hash=job.trial_hash,
         step=state.step,
@@ -223,7 +244,8 @@ def _result(
         seconds=state.seconds,
         wall_seconds=wall_seconds,
         device=device,
-        workers=job.workers,
+        workers=groups[-1].workers,
+        earlier_workers=tuple(group.workers for group in groups[:-1]),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         micro_batch=images_at_once,
     )

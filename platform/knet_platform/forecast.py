@@ -152,7 +152,7 @@ def make_forecast(
     estimates = [item for item in needed if item.source != "unknown"]
     seconds = _total(estimates, sum)
     spent = sum(row.done.seconds for row in distinct if row.done is not None)
-    gpus = sweep.resources.workers * sweep.resources.gpus_per_worker
+    gpus = sweep.resources.least_workers * sweep.resources.gpus_per_worker
     concurrent = _concurrent(sweep, price, instances)
     memory, memory_source = _peak_memory(sweep, rows, probes or {})
     spread = MEMORY_MODEL_BAND if memory_source == "model" else 1.1

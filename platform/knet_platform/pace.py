@@ -179,7 +179,7 @@ def peak_memory_gb(recipe: Recipe, resources: Resources) -> float:
     neck_activations = (_NECK_ACTIVATIONS + _STAGE_ACTIVATIONS * model.stages) * width
     autocast = recipe.train.precision != "fp32"
     per_pixel = (backbone.activations + neck_activations) / (2 if autocast else 1)
-    images = recipe.train.micro_batch or recipe.train.batch_size / resources.workers
+    images = recipe.train.micro_batch or recipe.train.batch_size / resources.least_workers
     activations = per_pixel * images * _num_pixels(recipe)
     return PROCESS_GB + (parameters * BYTES_PER_PARAMETER + activations) / 1e9
 
@@ -198,7 +198,7 @@ def _model_seconds(recipe: Recipe, resources: Resources, gpu: str) -> float:
         rate *= AUTOCAST_SPEEDUP if autocast else 1.0
     else:
         rate = max(1.0, resources.cpus_per_worker) * CPU_GFLOPS
-    return step_gflop(recipe) / (rate * resources.workers)
+    return step_gflop(recipe) / (rate * resources.least_workers)
 
 
 def _model_gflop(model: ModelConfig) -> float:

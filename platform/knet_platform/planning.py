@@ -383,22 +383,56 @@ def _search_note(spec: SearchSpec, seed: int) -> str:
 
 def worker_problems(where: str, recipe: Recipe, resources: Resources) -> list[str]:
     """Return what keeps a recipe from being trained by so many workers."""
-    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     problems = []
-    if batch % resources.workers:
+    if problem := _sharing_problem(recipe, resources):
+        problems.append(f"{where}: {problem}")
+    least, most = resources.least_workers, resources.most_workers
+    if recipe.train.sync_batch_norm and least < most:
         problems.append(
-            f"{where}: train.batch_size: {batch} images cannot be shared equally "
-            f"by resources.workers = {resources.workers}"
+            f"{where}: train.sync_batch_norm: got true for resources.workers = "
+            f"[{least}, {most}], whose statistics would change with the number of "
+            f"workers; expected one number of workers, or set train.sync_batch_norm=false"
         )
-    elif micro and (batch // resources.workers) % micro:
-        problems.append(
-            f"{where}: train.micro_batch: {micro} does not divide the "
-            f"{batch // resources.workers} images of each worker"
-        )
-    if recipe.train.sync_batch_norm and resources.workers > 1 and not resources.gpus_per_worker:
+    elif recipe.train.sync_batch_norm and most > 1 and not resources.gpus_per_worker:
         problems.append(
             f"{where}: train.sync_batch_norm: got true for resources.workers = "
             f"{resources.workers} without GPUs, expected resources.gpus_per_worker > 0 or one "
             f"worker; set train.sync_batch_norm=false"
         )
     return problems
+
+
+def worker_counts(recipe: Recipe, resources: Resources) -> tuple[int, ...]:
+    """Return the numbers of workers that a trial may train with, ascending.
+
+    Of `[least, most]` those that share each batch equally, in whole micro-batches; where none
+    does, the least, which the core refuses.
+    """
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch or 1
+    least, most = resources.least_workers, resources.most_workers
+    counts = (count for count in range(least, most + 1) if batch % (count * micro) == 0)
+    return tuple(counts) or (least,)
+
+
+def _sharing_problem(recipe: Recipe, resources: Resources) -> str | None:
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
+    least, most = resources.least_workers, resources.most_workers
+    for workers in (least, most):
+        if batch % workers:
+            return (
+                f"train.batch_size: {batch} images cannot be shared equally "
+                f"by resources.workers = {workers}"
+            )
+        if micro and (batch // workers) % micro:
+            return (
+                f"train.micro_batch: {micro} does not divide the "
+                f"{batch // workers} images of each worker"
+            )
+    if least < most and micro is None:
+        # Losses are means over a micro-batch, so its size is part of what is trained.
+        return (
+            f"train.micro_batch: unset, expected the images of a pass, which stay the same for "
+            f"every number of resources.workers = [{least}, {most}]; "
+            f"set train.micro_batch={math.gcd(batch // least, batch // most)}"
+        )
+    return None

@@ -48,7 +48,8 @@ class Price:
     """What a trial of a sweep costs, and what that is the price of."""
 
     usd_per_hour: float
-    """Of one trial: all its workers, each with its share of an instance."""
+    """Of one trial: all its workers (of an elastic one the least), each with its share of an
+    instance."""
     trials_per_instance: float
     """Below 1 for a trial that needs several instances."""
     gpu: str
@@ -103,13 +104,13 @@ def price_of(resources: Resources, prices: PriceList) -> Price:
     )
     purchase = "spot" if resources.spot else "on demand"
     basis = f"{name} {purchase}, list price of {instance.date}"
-    usd = share * hourly * resources.workers
+    usd = share * hourly * resources.least_workers
     if resources.price_per_gpu_hour is not None:
-        usd = resources.workers * resources.gpus_per_worker * resources.price_per_gpu_hour
+        usd = resources.least_workers * resources.gpus_per_worker * resources.price_per_gpu_hour
         basis = f"{resources.price_per_gpu_hour:g} USD per GPU hour as stated"
     return Price(
         usd_per_hour=usd,
-        trials_per_instance=1 / (share * resources.workers),
+        trials_per_instance=1 / (share * resources.least_workers),
         gpu=instance.gpu,
         gpu_memory_gb=instance.gpu_memory_gb,
         basis=basis,

@@ -90,7 +90,7 @@ def _probe(recipe: Recipe, resources: Resources) -> Probe:
 
 def _shortened(recipe: Recipe, resources: Resources) -> Recipe:
     """Return one worker's share, reported at every step, stopped before it evaluates."""
-    share = recipe.train.batch_size // resources.workers
+    share = recipe.train.batch_size // resources.least_workers
     backbone = replace(recipe.model.backbone, pretrained=False, checkpoint=None)
     return replace(
         recipe,

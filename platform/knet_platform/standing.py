@@ -131,7 +131,7 @@ class Watch:
         return Standing(
             trials=trials,
             seconds_left=_left(trials, running),
-            gpus=running * resources.workers * resources.gpus_per_worker,
+            gpus=running * resources.least_workers * resources.gpus_per_worker,
             gpu_hours=forecast.spent_gpu_hours,
             usd=forecast.spent_usd,
         )

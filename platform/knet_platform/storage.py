@@ -1,6 +1,6 @@
 """Results, failures, checkpoints and pictures of trials, on a local path or on s3://.
 
-Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, result.json, failure.json,
+Layout: `<uri>/trials/<hash>/{provenance.json, patch.diff, groups.json, result.json, failure.json,
 pruned.json, failures/<number>.json, curves/<step>.json, checkpoint_<step>/, ...}`; this folder is
 also Ray Train's run folder. What is below `checkpoint_<step>/`: see `checkpoints`.
 `<uri>/runs/<id>/` says which trials of a run may go on (`attempts`), `<uri>/searches/<id>/` what a
@@ -94,11 +94,23 @@ class TrialResult:
     """Time of the last attempt from driver start to end."""
     device: str
     workers: int
+    """In the end."""
     finished_at: str
     """ISO 8601."""
     micro_batch: int | None = None
     """Images of a worker in memory at a time, where it allowed fewer than the recipe asked for;
     the batch, and what is learnt from it, stay the same (`knet_core.pieces`)."""
+    earlier_workers: tuple[int, ...] = ()
+    """Numbers of workers before, in order, where they changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The workers that trained a part of a trial, up to the next group's part."""
+
+    workers: int
+    seconds: float
+    """Of training and evaluation that the checkpoint held which they went on from."""
 
 
 def _now() -> str:
@@ -195,7 +207,8 @@ class TrialStore:
 
         def make(values: dict[str, Any]) -> TrialResult:
             evaluations = tuple(Evaluation(**item) for item in values.pop("evaluations"))
-            return TrialResult(evaluations=evaluations, **values)
+            earlier = tuple(values.pop("earlier_workers", ()))
+            return TrialResult(evaluations=evaluations, earlier_workers=earlier, **values)
 
         return self.read_json("result.json", make)
 
@@ -285,6 +298,17 @@ class TrialStore:
         if provenance is not None and provenance.threads is None:
             complete = replace(provenance, threads=threads, accelerator=accelerator)
             self._write_json("provenance.json", asdict(complete))
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the groups of workers whose training the newest checkpoint holds, in order."""
+        values = self._read_json("groups.json") or {"groups": []}
+        return tuple(Group(**item) for item in values["groups"])
+
+    def add_group(self, group: Group) -> None:
+        """Record who trains from now on; groups whose work was lost are forgotten."""
+        kept = [earlier for earlier in self.groups() if earlier.seconds < group.seconds]
+        if not kept or kept[-1].workers != group.workers:
+            self._write_json("groups.json", {"groups": [asdict(g) for g in (*kept, group)]})
 
     def write_points(self, start: int, points: Sequence[EvaluationLike]) -> None:
         """Record every point since the checkpoint of step `start`, in place of earlier ones.

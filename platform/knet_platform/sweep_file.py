@@ -68,7 +68,9 @@ class Paper:
 class Resources:
     """What one trial takes, and how many may run at once."""
 
-    workers: int = 1
+    workers: int | tuple[int, int] = 1
+    """Processes that share each batch; two numbers: at least and at most so many, as the cluster
+    has room (elastic)."""
     gpus_per_worker: float = 0
     cpus_per_worker: float = 1
     max_concurrent: int | None = None
@@ -84,6 +86,16 @@ class Resources:
     """Priced as spot instances."""
     price_per_gpu_hour: float | None = None
     """USD; wins over the instance's list price."""
+
+    @property
+    def least_workers(self) -> int:
+        """Return what a trial cannot start without."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Return what a trial takes where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +317,7 @@ class SweepReader:
             if name in names and (problem := _resource_problem(name, value)):
                 self._wrong(f"{key}.{name}", problem)
             elif name in names:
-                good[name] = value
+                good[name] = tuple(value) if isinstance(value, list) else value
         return dataclasses.replace(default, **good)
 
     def budget(self) -> Budget:
@@ -441,6 +453,9 @@ def _resource_problem(name: str, value: Any) -> str | None:
         return None if isinstance(value, str) else f"expected an instance's name, got {value!r}"
     if name == "spot":
         return None if isinstance(value, bool) else f"expected true or false, got {value!r}"
+    if name == "workers" and isinstance(value, list):
+        right = [type(item) for item in value] == [int, int] and 1 <= value[0] < value[1]
+        return None if right else f"expected [least, most] with 1 <= least < most, got {value!r}"
     if name in ("workers", "max_concurrent"):
         right = type(value) is int and value >= 1
         return None if right else f"expected an integer >= 1, got {value!r}"

@@ -29,6 +29,7 @@ from knet_platform.forecast import look_up
 from knet_platform.home import cache_folder, cache_gb
 from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
+from knet_platform.planning import worker_counts
 from knet_platform.population import Population
 from knet_platform.prices import Price
 from knet_platform.progress import Progress
@@ -304,7 +305,7 @@ class _Tune:
         folder.clear_pruned()
         provenance = folder.provenance()
         if provenance is None:
-            provenance = capture(recipe, workers=resources.workers, source=self._source)
+            provenance = capture(recipe, workers=resources.most_workers, source=self._source)
             folder.write_provenance(provenance, self._source.patch)
         if most_evaluations is not None:
             folder.write_schedule(recipe)
@@ -315,7 +316,7 @@ class _Tune:
             cache={"folder": str(cache_folder()), "gb": cache_gb()},
             store_uri=self._store.uri,
             run_id=run_id,
-            workers=resources.workers,
+            workers=worker_counts(recipe, resources),
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
             hang_minutes=resources.hang_minutes,
@@ -325,7 +326,9 @@ class _Tune:
                 "best": resources.keep_best,
             },
             most_evaluations=most_evaluations,
-            usd_per_hour=price.usd_per_hour if price and not price.assumed else None,
+            usd_per_worker_hour=price.usd_per_hour / resources.least_workers
+            if price and not price.assumed
+            else None,
         )
         return asdict(job)
 

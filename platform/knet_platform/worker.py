@@ -21,7 +21,7 @@ from knet_platform.notices import Notices
 from knet_platform.previews import preview
 from knet_platform.provenance import accelerator
 from knet_platform.staging import Cache, staged
-from knet_platform.storage import FAILURES, Evaluation, Failure, Store, TrialStore
+from knet_platform.storage import FAILURES, Evaluation, Failure, Group, Store, TrialStore
 from knet_platform.watchdog import Watchdog
 
 PICTURES = "pictures"
@@ -67,6 +67,9 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> tuple[str, bool]:
     keep_freed_memory()
     if rank == 0:
         store.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
+        before = store.checkpoints.state(resumed).seconds if resumed else 0.0
+        workers = ray.train.get_context().get_world_size()
+        store.add_group(Group(workers=workers, seconds=before))
     with (
         watchdog,
         tempfile.TemporaryDirectory(prefix="knet-") as folder,

@@ -30,6 +30,12 @@ def test_the_tightest_cap_counts():
     assert limit_seconds(sweep_with(usd, resources), 0.0) is None
 
 
+def test_elastic_trials_are_counted_with_the_most_workers():
+    resources = Resources(workers=(1, 4), gpus_per_worker=1)
+    assert limit_seconds(sweep_with(Budget(gpu_hours=2), resources), 2.0) == pytest.approx(1800)
+    assert limit_seconds(sweep_with(Budget(usd=10), resources), 2.0) == pytest.approx(4500)
+
+
 def test_within_the_limit_all_go_on():
     found = governor(1000)
     found.begin("one", 0)

@@ -1,6 +1,7 @@
 """Which of several errors is named, how short memory is met, and which cluster is ours."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from ray.train.v2._internal.state.util import is_actor_alive
 
 from knet_core import DataError, TrainingMemoryError
 from knet_platform import attempts
+from knet_platform.cluster import HEAD
 from knet_platform.driver import (
     TrialJob,
     _name_cluster,
     _one_line,
     _told_by_workers,
     run_trial,
+    scaling,
 )
-from knet_platform.storage import Store, TrialStore
+from knet_platform.storage import Group, Store, TrialStore
 
 SYMPTOM = UserExceptionWithTraceback(RuntimeError("connection closed\nby peer"), "traceback")
 DEATH = WorkerHealthCheckFailedError("a check failed", RayActorError())
@@ -53,6 +56,23 @@ def test_a_controllers_failure_is_its_cause() -> None:
     )
 
 
+def job_with(workers: list[int], gpus: float = 0) -> TrialJob:
+    return TrialJob(
+        trial_hash="0123456789abcdef", recipe={}, store_uri="", run_id="run", workers=workers,
+        cpus_per_worker=2, gpus_per_worker=gpus, hang_minutes=0, retention={},
+        most_evaluations=None, usd_per_worker_hour=None, data_fingerprint="", cache={},
+    )  # fmt: skip
+
+
+def leave_checkpoint(store: TrialStore, seconds: float) -> None:
+    state = {
+        "format": 1, "step": 8, "epoch": 1.0, "categories": [], "metrics": {"val/AP": 0.5},
+        "evaluations": [], "seconds": seconds, "num_parameters": 1,
+    }  # fmt: skip
+    for name in ("model.safetensors", "trainer.pt", "recipe.yaml", "state.json"):
+        store.write_bytes(f"checkpoint_8/{name}", json.dumps(state).encode())
+
+
 def test_how_little_memory_a_result_took_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,32 +80,58 @@ def test_how_little_memory_a_result_took_is_recorded(
     attempts.claim(store, "run")
     reported: list[dict[str, Any]] = []
     monkeypatch.setattr(ray.tune, "report", reported.append)
-    state = {
-        "format": 1, "step": 8, "epoch": 1.0, "categories": [], "metrics": {"val/AP": 0.5},
-        "evaluations": [], "seconds": 1.0, "num_parameters": 1,
-    }  # fmt: skip
 
     def train(
         job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None
     ) -> tuple[str, bool]:
         if images_at_once != 1:
             raise TrainingMemoryError("no memory", 1 if images_at_once == 2 else 2)
-        for name in ("model.safetensors", "trainer.pt", "recipe.yaml", "state.json"):
-            store.write_bytes(f"checkpoint_8/{name}", json.dumps(state).encode())
+        store.add_group(Group(workers=1, seconds=0.0))
+        leave_checkpoint(store, seconds=1.0)
         return "cpu", True
 
-    job = {
-        "trial_hash": "0123456789abcdef", "recipe": {}, "store_uri": str(tmp_path),
-        "run_id": "run", "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0,
-        "hang_minutes": 0, "retention": {}, "most_evaluations": None, "usd_per_hour": None,
-        "data_fingerprint": "", "cache": {},
-    }  # fmt: skip
-    run_trial({"job": job}, train=train)
+    job = replace(job_with([1]), store_uri=str(tmp_path))
+    run_trial({"job": asdict(job)}, train=train)
     result = store.result()
     assert result is not None
     assert result.micro_batch == 1
     assert [item.get("attempt") for item in reported] == [1, None, 2, None, 3, None]
     assert reported[-1]["outcome"] == "finished"
+
+
+def test_workers_come_all_at_once_on_few_nodes_and_nothing_beside_them() -> None:
+    """What a driver itself takes is `cluster.HEAD`: a sliver of the head, no CPU and no GPU."""
+    found = scaling(job_with([4], gpus=1))
+    assert (found.num_workers, found.placement_strategy, found.use_gpu) == (4, "PACK", True)
+    assert found.total_resources == {"CPU": 8, "GPU": 4}
+    assert set(HEAD) == {"node:__internal_head__"}
+    alone = scaling(job_with([1]))
+    assert (alone.use_gpu, alone.total_resources) == (False, {"CPU": 2})
+    assert scaling(job_with([2, 4, 8])).num_workers == (2, 8)
+
+
+def test_what_a_trial_costs_counts_every_groups_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path)).trial("0123456789abcdef")
+    attempts.claim(store, "run")
+    monkeypatch.setattr(ray.tune, "report", lambda values: None)
+
+    def train(
+        job: TrialJob, store: TrialStore, attempt: int, images_at_once: int | None
+    ) -> tuple[str, bool]:
+        for workers, seconds in ((4, 0), (8, 3600), (2, 1800), (2, 2400)):  # the second is lost
+            store.add_group(Group(workers=workers, seconds=seconds))
+        leave_checkpoint(store, seconds=5400)
+        return "cuda", True
+
+    job = replace(job_with([2, 4, 8], gpus=1), store_uri=str(tmp_path), usd_per_worker_hour=3.0)
+    run_trial({"job": asdict(job)}, train=train)
+    result = store.result()
+    assert result is not None
+    assert (result.earlier_workers, result.workers) == ((4,), 2)
+    assert result.metrics["sys/gpu_hours"] == pytest.approx(0.5 * 4 + 1.0 * 2)
+    assert result.metrics["cost/usd"] == pytest.approx(4.0 * 3)
 
 
 @pytest.mark.ray

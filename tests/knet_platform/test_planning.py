@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from knet_core import ConfigError, DataError
-from knet_platform.planning import load_sweep
+from knet_platform.planning import load_sweep, worker_counts
 from knet_platform.sweep_file import Asha, Resources
 
 ROOT = Path(__file__).parents[2]
@@ -270,6 +270,45 @@ def test_problems_of_an_arms_recipe_and_of_its_stand_ins_are_named(sweep, tmp_pa
 )
 def test_each_mistake_has_its_line(sweep, changes, expected):
     assert any(expected in line for line in problems_of(sweep(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("workers", "train", "expected"),
+    [
+        ([8, 2], {}, "expected [least, most] with 1 <= least < most, got [8, 2]"),
+        ([2, 2], {}, "expected [least, most] with 1 <= least < most, got [2, 2]"),
+        ([2], {}, "expected [least, most] with 1 <= least < most, got [2]"),
+        ([2, 8.0], {}, "expected [least, most] with 1 <= least < most, got [2, 8.0]"),
+        ([2, 8], {}, "which stay the same for every number of resources.workers = [2, 8]; set "
+         "train.micro_batch=2"),
+        ([2, 3], {"batch_size": 12}, "set train.micro_batch=2"),
+        ([2, 6], {"micro_batch": 2}, "16 images cannot be shared equally by resources."
+         "workers = 6"),
+        ([2, 8], {"micro_batch": 4}, "train.micro_batch: 4 does not divide the 2 images"),
+        ([2, 8], {"micro_batch": 2, "sync_batch_norm": True}, "would change with the number of "
+         "workers; expected one number of workers, or set train.sync_batch_norm=false"),
+    ],
+)  # fmt: skip
+def test_what_an_elastic_trial_cannot_share_is_said_before_it_starts(
+    sweep, workers, train, expected
+):
+    settings = {f"train.{key}": value for key, value in train.items()}
+    path = sweep(arms={"one": settings, "three": settings}, resources={"workers": workers})
+    assert any(expected in line for line in problems_of(path))
+
+
+@pytest.mark.parametrize(
+    ("workers", "micro_batch", "counts"),
+    [([2, 8], 2, (2, 4, 8)), ([2, 8], 1, (2, 4, 8)), ([1, 4], 4, (1, 2, 4)), (4, None, (4,))],
+)
+def test_an_elastic_trial_has_the_numbers_of_workers_that_share_a_batch(
+    sweep, workers, micro_batch, counts
+):
+    arms = {"one": {"train.micro_batch": micro_batch}, "three": {"train.micro_batch": micro_batch}}
+    loaded = load_sweep(sweep(arms=arms, resources={"workers": workers}))
+    assert worker_counts(loaded.trials[0].recipe, loaded.resources) == counts
+    alone = load_sweep(sweep(arms=arms, resources={"workers": 1}))
+    assert [trial.hash for trial in loaded.trials] == [trial.hash for trial in alone.trials]
 
 
 def test_normalisation_is_synchronised_between_gpus_only(sweep):

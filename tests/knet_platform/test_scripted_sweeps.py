@@ -25,7 +25,7 @@ from knet_platform.cli.main import main
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.planning import load_sweep
 from knet_platform.progress import Moment, PlainProgress
-from knet_platform.storage import Evaluation, Store, TrialStore
+from knet_platform.storage import Evaluation, Group, Store, TrialStore
 from knet_platform.sweep import Trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -70,6 +70,7 @@ def scripted_group(
     lr, total = job.recipe["optim"]["lr"], job.recipe["train"]["iterations"]
     everything = Store(job.store_uri)
     known = store.state()
+    store.add_group(Group(workers=job.workers[0], seconds=known.seconds if known else 0.0))
     evaluations = [*known.evaluations] if known else []
     for step in range(store.latest_step() + 10, total + 1, 10):
         attempts.verify(store, job.run_id)

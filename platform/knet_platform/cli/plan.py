@@ -17,6 +17,7 @@ from knet_platform.forecast import (
 )
 from knet_platform.home import storage_uri
 from knet_platform.pace import Estimate
+from knet_platform.planning import worker_counts
 from knet_platform.search import Search
 from knet_platform.storage import Store
 from knet_platform.suggestions import recall
@@ -75,7 +76,7 @@ def _as_json(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> 
         "baseline": sweep.baseline,
         "workers": sweep.resources.workers,
         "batch_size": recipe.train.batch_size,
-        "batch_size_per_worker": recipe.train.batch_size // sweep.resources.workers,
+        "batch_size_per_worker": recipe.train.batch_size // sweep.resources.least_workers,
         "notes": list(sweep.notes),
         "search": _search_as_json(sweep.search),
         "trials": [
@@ -121,6 +122,17 @@ def _search_as_json(search: Search | None) -> dict[str, Any] | None:
     }
 
 
+def _shares(sweep: Sweep) -> str:
+    """Say how workers share a batch of the first trial."""
+    recipe, resources = sweep.trials[0].recipe, sweep.resources
+    counts = worker_counts(recipe, resources)
+    if len(counts) == 1:
+        return f"{counts[0]} workers x {recipe.train.batch_size // counts[0]}"
+    *most, last = map(str, counts)
+    micro = recipe.train.micro_batch
+    return f"{', '.join(most)} or {last} workers (elastic) x passes of {micro}"
+
+
 def _as_list(band: Band) -> list[float]:
     return [band.low, band.mid, band.high]
 
@@ -130,8 +142,6 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     recipe = sweep.trials[0].recipe
-    workers = sweep.resources.workers
-    share = recipe.train.batch_size // workers
     console.print(f"{sweep.name}: {sweep.title}")
     to_come = sweep.search.to_come if sweep.search else 0
     suggestions = f" and {to_come} still to be suggested" if to_come else ""
@@ -141,7 +151,7 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
         f"judged by {sweep.metric.name}"
     )
     console.print(
-        f"batch of {recipe.train.batch_size} images = {workers} workers x {share}, "
+        f"batch of {recipe.train.batch_size} images = {_shares(sweep)}, "
         f"learning rate {recipe.optim.lr:g} as stated"
     )
     console.print(_table(sweep, rows))

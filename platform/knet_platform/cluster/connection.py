@@ -148,7 +148,8 @@ def trial_slots(resources: Resources) -> int:
     """Return how many trials can train at once.
 
     Drivers take nothing that workers need and a trial gets all its workers or none, so any
-    number of trials may wait for each other without a deadlock.
+    number of trials may wait for each other without a deadlock. An elastic trial counts with
+    the least that it starts with.
 
     Raises:
         CapacityError: Not even one.
@@ -159,11 +160,12 @@ def trial_slots(resources: Resources) -> int:
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
     workers = sum(_fitting(worker, node) for node in nodes)
-    slots = max(workers, _workers_after_scaling(worker)) // resources.workers
+    slots = max(workers, _workers_after_scaling(worker)) // resources.least_workers
     if slots == 0:
         raise CapacityError(
-            f"resources: one trial needs {resources.workers} workers of {_shown(worker)}, and the "
-            f"cluster holds {workers} ({_all(nodes)}); use fewer or smaller workers, or add nodes"
+            f"resources: one trial needs {resources.least_workers} workers of {_shown(worker)}, "
+            f"and the cluster holds {workers} ({_all(nodes)}); use fewer or smaller workers, or "
+            f"add nodes"
         )
     return slots
 

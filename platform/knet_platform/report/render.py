@@ -6,6 +6,7 @@ All three share one grid of strings, so that they cannot disagree.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from rich import box
@@ -161,19 +162,26 @@ def method(report: Report) -> list[str]:
 
 
 def reduced(report: Report) -> list[tuple[str, str]]:
-    """Return the trials that ran with smaller micro-batches than asked, as (names, what)."""
-    return _together(
-        report,
+    """Return the trials that ran otherwise than asked, as (names, what)."""
+    memory = (
         (
-            (
-                line,
-                f"out of memory, so trained with micro-batches of {line.micro_batch} "
-                "(the same images per step)",
-            )
-            for line in report.trials
-            if line.micro_batch is not None
-        ),
+            line,
+            f"out of memory, so trained with micro-batches of {line.micro_batch} "
+            "(the same images per step)",
+        )
+        for line in report.trials
+        if line.micro_batch is not None
     )
+    elastic = (
+        (
+            line,
+            f"elastic, trained with {', then '.join(map(str, line.earlier_workers))}, "
+            f"then {line.workers} workers (the same images per step)",
+        )
+        for line in report.trials
+        if line.earlier_workers
+    )
+    return _together(report, chain(memory, elastic))
 
 
 def missing(report: Report) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from knet_platform.storage import (
     Failure,
     Pruned,
     Store,
+    TrialResult,
     TrialStore,
 )
 from knet_platform.sweep import Sweep, Trial
@@ -73,6 +74,10 @@ class TrialLine:
     """Workers and device of a finished trial."""
     micro_batch: int | None
     """Images of a worker at a time, where memory allowed fewer than the recipe asked for."""
+    workers: int | None
+    """Of a finished trial, in the end."""
+    earlier_workers: tuple[int, ...]
+    """Their numbers before, in order, where an elastic trial changed them."""
     failures: tuple[Failure, ...]
     """Of every attempt that ended badly, oldest first, also where the trial finished later."""
     folder: str
@@ -115,6 +120,8 @@ def _read(sweep: Sweep, trial: Trial, store: Store) -> TrialLine:
             seconds=None,
             hardware=None,
             micro_batch=None,
+            workers=None,
+            earlier_workers=(),
             failures=(),
             folder=store.trial(trial.hash).uri,
             dumps=(),
@@ -161,10 +168,10 @@ def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
         loss=_curve(points, "train/loss", 1.0),
         checkpoint=result.checkpoint if result else store.latest_checkpoint(),
         seconds=known.seconds if known else None,
-        hardware=f"{result.workers} worker{'s' * (result.workers > 1)} on {result.device}"
-        if result
-        else None,
+        hardware=_hardware(result) if result else None,
         micro_batch=result.micro_batch if result else None,
+        workers=result.workers if result else None,
+        earlier_workers=result.earlier_workers if result else (),
         failures=store.failures(),
         folder=store.uri,
         dumps=tuple(
@@ -174,6 +181,12 @@ def _line(sweep: Sweep, trial: Trial, everything: Store) -> TrialLine:
         ),
         origin=_origin(store),
     )
+
+
+def _hardware(result: TrialResult) -> str:
+    counts = (*result.earlier_workers, result.workers)
+    workers = f"{', then '.join(map(str, counts))} worker{'s' * (counts != (1,))}"
+    return f"{workers} on {result.device}"
 
 
 def _curve(points: Iterable[EvaluationLike], metric: str, scale: float) -> tuple[CurvePoint, ...]:

@@ -303,6 +303,23 @@ def test_the_page_leads_to_the_tracking_server(sweep: Sweep, store: Store) -> No
     )
 
 
+def test_elastic_trials_are_flagged_with_the_workers_that_they_had(
+    sweep: Sweep, store: Store
+) -> None:
+    trial = next(trial for trial in sweep.trials if trial.name == "3/1")
+    found = store.trial(trial.hash).result()
+    assert found is not None
+    elastic = dataclasses.replace(found, workers=8, earlier_workers=(4, 2))
+    store.trial(trial.hash).write_result(elastic)
+    report = build_report(sweep, store)
+    assert (
+        "flagged: 3/1: elastic, trained with 4, then 2, then 8 workers (the same images per step)"
+    ) in markdown(report)
+    assert f"4, then 2, then 8 workers on {found.device}" in report.hardware
+    page = html(report)
+    assert page.count('<span class="badge warn">elastic</span>') == 1
+
+
 def test_rows_that_stand_apart_do_so_in_every_form(report: Report, tmp_path: Path) -> None:
     first = report.tables[0]
     apart = dataclasses.replace(first, rows=first.rows[:1], reason="other data (1, not 2)")
