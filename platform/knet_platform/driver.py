@@ -203,7 +203,6 @@ def scaling(job: TrialJob) -> ray.train.ScalingConfig:
         resources_per_worker={"CPU": job.cpus_per_worker}
         | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
         placement_strategy="PACK",
-        elastic_resize_monitor_interval_s=0,  # type: ignore[call-arg]  # see `groups`
     )
 
 

@@ -7,6 +7,7 @@ starts. A test writes `$KNET_TEST_FAULTS/<trial hash>/<fault>`:
     nan                              number of the step from which images are NaN
     train_limit, eval_limit          images of a pass beyond which the device has no memory
     pause                            seconds before each step; node and step are left in `place`
+    hold                             number of the step before which all wait while this is there
     watch                            seconds between looks for drained nodes, which tests else omit
 """
 
@@ -100,6 +101,8 @@ def _install(faults, folder):
             node = ray.get_runtime_context().get_node_id()
             (faults / "place").write_text(f"{node} {number}")
             time.sleep(float(pause.read_text()))
+        while (hold := faults / "hold").exists() and number >= int(hold.read_text()):
+            time.sleep(0.05)  # the test takes the file away, and tells nobody
         if is_due("kill_worker", number):
             await_upload(number - 1)
             os.kill(os.getpid(), signal.SIGKILL)

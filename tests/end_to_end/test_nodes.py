@@ -1,0 +1,193 @@
+"""An elastic trial on two nodes, one of which dies in mid-run, beside another that goes on."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.util
+from mlflow import MlflowClient
+
+from knet_core.checkpoint_state import RECIPE_FILE, dump_recipe
+from knet_platform.cli.main import main
+from knet_platform.planning import load_sweep
+from knet_platform.storage import Store, TrialStore
+from knet_platform.sweep import Trial
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "tiny_recipe.yaml"
+STEPS, INTERVAL = 12, 4
+SAVED = 2 * INTERVAL
+RECIPE = f"""\
+base: {TINY}
+model: {{backbone: {{name: test_resnet}}, stages: 1}}
+train: {{batch_size: 4, micro_batch: 1, log_every: 1}}
+eval: {{fps_iterations: 0, probe_images: 0}}
+"""
+CPUS = 5
+"""More than the head has: workers go to nodes of two each."""
+# A threshold changes nothing for instances but the trial's identity.
+SWEEP = f"""\
+name: elastic
+base: recipe.yaml
+metric: {{name: val/AP, mode: max}}
+baseline: one
+resources: {{workers: [2, 4], cpus_per_worker: {CPUS}}}
+arms:
+  one: {{eval.score_threshold: 0.1}}
+  other: {{eval.score_threshold: 0.2}}
+"""
+
+
+@pytest.fixture
+def nodes(cluster: Any) -> Iterator[dict[str, Any]]:
+    """Three nodes with room for two workers each, by id."""
+    added = [cluster.add_node(num_cpus=2 * CPUS) for _ in range(3)]
+    yield {node.node_id: node for node in added}
+    for node in added:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+
+def wait_for(happens: Callable[[], Any], seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := happens()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # workers tell nobody
+    return found
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A trial under way, whose steps the test can hold up."""
+
+    trial: Trial
+    store: TrialStore
+    orders: Path
+
+    def hold(self, step: int) -> None:
+        self.orders.mkdir()
+        (self.orders / "pause").write_text("0")  # for `place`
+        (self.orders / "hold").write_text(str(step))
+
+    def release(self) -> None:
+        (self.orders / "hold").rename(self.orders / "held")
+
+    def place(self) -> tuple[str, int]:
+        """Return the node of one of its workers and the number of the last step; -1: none yet."""
+        file = self.orders / "place"
+        told = file.read_text().split() if file.exists() else []
+        return (told[0], int(told[1])) if len(told) == 2 else ("", -1)
+
+    @property
+    def workers(self) -> list[int]:
+        return [group.workers for group in self.store.groups()]
+
+
+def reserved() -> list[list[str]]:
+    """Return the nodes of all that is reserved together, place by place."""
+    table = ray.util.placement_group_table().values()
+    held = [group for group in table if group["state"] == "CREATED"]
+    assert {group["strategy"] for group in held} == {"PACK"}
+    return [list(group["bundles_to_node_id"].values()) for group in held]
+
+
+def without_ray(trial: Trial, folder: Path, parts: list[tuple[int, int, int]]) -> None:
+    """Train on this machine: in each part so many workers from one step to another."""
+    folder.mkdir()
+    (folder / RECIPE_FILE).write_text(dump_recipe(trial.recipe))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("run_group.py")
+    for workers, start, stop in parts:
+        arguments = [str(workers), str(folder), str(start), str(stop)]
+        processes = [
+            subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment)
+            for rank in range(workers)
+        ]
+        assert [process.wait(timeout=300) for process in processes] == [0] * workers
+
+
+def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_others_do_not_notice(
+    cluster: Any,
+    nodes: dict[str, Any],
+    faults: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rhythm = f"train: {{iterations: {STEPS}, eval_every: {STEPS}, checkpoint_every: {INTERVAL}}}\n"
+    (tmp_path / "base.yaml").write_text(RECIPE)
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\n" + rhythm)
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    monkeypatch.setenv("KNET_HOME", str(tmp_path / "home"))
+    for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    store = Store(f"{tmp_path}/home/storage")
+    watched = [
+        Watched(trial, store.trial(trial.hash), faults / trial.hash)
+        for trial in load_sweep(tmp_path / "sweep.yaml").trials
+    ]
+    for item in watched:
+        item.hold(SAVED + 1)  # past every checkpoint but the last: no group grows
+
+    def take_a_node_away() -> tuple[Watched, Watched, list[list[str]]]:
+        """Return the trial it had, the other one, and where both were."""
+        for item in watched:
+            wait_for(lambda item=item: item.place()[1] == SAVED + 1)
+            wait_for(lambda item=item: item.store.latest_step() == SAVED)
+        places = reserved()
+        large = next(item for item in watched if item.workers == [4])
+        small = next(item for item in watched if item is not large)
+        (elsewhere,) = (set(at) for at in places if small.place()[0] in at)
+        lost = next(iter(nodes.keys() - elsewhere))
+        cluster.remove_node(nodes[lost], allow_graceful=False)
+        wait_for(lambda: large.workers == [4, 2])
+        large.release()
+        wait_for(lambda: large.store.result())
+        small.release()  # was in mid-run all the time
+        return large, small, places
+
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(take_a_node_away)
+        assert main(["run", str(tmp_path / "sweep.yaml")]) == 0
+        large, small, places = taken.result()
+
+    # Drivers on the head, four workers on two nodes and two on one: as few as can hold them.
+    head = cluster.head_node.node_id
+    assert [at for at in places if head in at] == [[head], [head]]
+    groups = [at for at in places if head not in at]
+    assert sorted((len(at), len(set(at))) for at in groups) == [(2, 1), (4, 2)]
+    assert {node for at in groups for node in at} == nodes.keys()
+
+    failures = [(item.cause, item.action, item.attempt) for item in large.store.failures()]
+    assert failures == [("preempted", f"retried from step {SAVED}", 1)]
+    assert (large.workers, small.workers) == ([4, 2], [2])
+    assert small.store.failures() == ()
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db")
+    experiment = client.get_experiment_by_name("elastic")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    runs = {str(run.info.run_name): run for run in found}
+    assert len(runs) == len(found) == 3, "one for the sweep and one for each trial"
+    for item, attempts in ((large, "2"), (small, "1")):
+        run = runs[item.trial.name]
+        assert (run.info.status, run.data.tags["attempt"]) == ("FINISHED", attempts)
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
+
+    table = (tmp_path / "home" / "reports" / "elastic" / "table.md").read_text()
+    assert f"flagged: {large.trial.arm}: elastic, trained with 4, then 2 workers" in table
+
+    # The same numbers of workers on one machine, without Ray and without a break.
+    without_ray(large.trial, tmp_path / "alone", [(4, 0, SAVED), (2, SAVED, STEPS)])
+    weights = f"checkpoint_{STEPS}/model.safetensors"
+    assert large.store.read_bytes(weights) == (tmp_path / "alone" / weights).read_bytes()
