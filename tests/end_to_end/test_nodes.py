@@ -185,7 +185,7 @@ def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_other
         assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
     table = (tmp_path / "home" / "reports" / "elastic" / "table.md").read_text()
-    assert f"flagged: {large.trial.arm}: elastic, trained with 4, then 2 workers" in table
+    assert f"flagged: {large.trial.name}: elastic, trained with 4, then 2 workers" in table
 
     # The same numbers of workers on one machine, without Ray and without a break.
     without_ray(large.trial, tmp_path / "alone", [(4, 0, SAVED), (2, SAVED, STEPS)])
