@@ -6,6 +6,7 @@ shrinking only when the work is saved, and with more than the least only while n
 its own. Loads torch.
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
     ResourceRequestPriority,
 )
 from ray.exceptions import RayError
@@ -87,7 +88,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._counts = counts
         self._began: float | None = None
-        self._asked = -AUTOSCALING_REQUESTS_INTERVAL_S
+        self._asked = -math.inf
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start the largest group that has room, or wait for room."""
@@ -120,7 +121,7 @@ class ElasticPolicy(ElasticScalingPolicy):
         if reserved is None:
             return 0
         # A reservation is up to 20 seconds old, and others may not have made room for it yet.
-        free = available_resources_per_node()
+        free = available_resources_per_node()  # type: ignore[no-untyped-call]
         room = min(
             self._count_possible_workers(reserved), self._count_possible_workers(free) + held
         )

@@ -129,6 +129,7 @@ def test_nodes_come_for_two_sweeps_which_share_them_and_go_again(
     environment = {
         **os.environ,
         "RAY_ADDRESS": head,
+        "KNET_GROWS_TO": f"CPU={CPUS * MOST_NODES}",
         "KNET_HOME": str(tmp_path / "home"),
         "MLFLOW_TRACKING_URI": "none",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")]),

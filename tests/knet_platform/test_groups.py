@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 import ray.train
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
     ResourceRequestPriority,
 )
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision

@@ -30,6 +30,8 @@ SETTINGS = {
     # `tuner` handles signals itself.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+GROWS_TO = "KNET_GROWS_TO"
+"""Variable with what an autoscaled cluster's machines have once all of them are there."""
 MOST_LISTED = 10_000
 """Ray lists no more entries than this at once."""
 HEAD = {"node:__internal_head__": 0.001}
@@ -153,6 +155,7 @@ def trial_slots(resources: Resources) -> int:
 
     Raises:
         CapacityError: Not even one.
+        UsageError: `KNET_GROWS_TO` says nothing that can be read.
     """
     import ray
 
@@ -165,17 +168,28 @@ def trial_slots(resources: Resources) -> int:
         raise CapacityError(
             f"resources: one trial needs {resources.least_workers} workers of {_shown(worker)}, "
             f"and the cluster holds {workers} ({_all(nodes)}); use fewer or smaller workers, or "
-            f"add nodes"
+            f"add nodes; where they come by themselves, {GROWS_TO} says how many (CPU=64,GPU=8)"
         )
     return slots
 
 
 def _workers_after_scaling(worker: Mapping[str, float]) -> int:
-    """Return the workers that fit once an autoscaler has added all it may; 0 without one."""
-    from ray._private.state import state
+    """Return the workers that fit once an autoscaler has added all it may; 0 without one.
 
-    most = state.get_max_resources_from_cluster_config()
-    return _fitting(worker, most) if most else 0
+    Ray's autoscaler tells nobody how far it may go, so the files of a cluster do.
+    """
+    stated = os.environ.get(GROWS_TO)
+    if not stated:
+        return 0
+    try:
+        parts = (part.partition("=") for part in stated.split(","))
+        most = {name.strip(): float(amount) for name, _, amount in parts}
+    except ValueError as error:
+        raise UsageError(
+            f"{GROWS_TO}: got '{stated}', expected what all machines together may have, as in "
+            f"CPU=64,GPU=8"
+        ) from error
+    return _fitting(worker, most)
 
 
 def _fitting(worker: Mapping[str, float], node: Mapping[str, float]) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from knet_core import ConfigError
+from knet_platform.cluster.connection import GROWS_TO
 from knet_platform.cluster.description import HOME, SECRETS, Description
 from knet_platform.config import read_yaml, suggestion
 from knet_platform.prices import Instance, PriceList, read_prices
@@ -76,11 +77,13 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Return what every container is told; nothing of it is secret."""
         description = self.description
+        most = description.max_workers
         settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "KNET_HOME": HOME,
             "KNET_STORAGE": description.storage.rstrip("/"),
+            GROWS_TO: f"CPU={self.machine.cpus * most},GPU={self.machine.gpus * most}",
             "XDG_CACHE_HOME": f"{HOME}/cache",
         }
         if description.tracking_uri:

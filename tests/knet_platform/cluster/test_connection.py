@@ -1,10 +1,15 @@
-"""Ray that does not start is one line with the way out."""
+"""How many trials a cluster holds; Ray that does not start is one line with the way out."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ray
+
+from knet_platform.cluster import trial_slots
+from knet_platform.errors import CapacityError, UsageError
+from knet_platform.sweep_file import Resources
 
 START = """\
 from knet_platform.cluster import connected, prepare_environment
@@ -17,6 +22,30 @@ try:
 except UsageError as error:
     print(error)
 """
+
+
+@pytest.fixture
+def head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that has no node but a head with one CPU."""
+    head = {"Alive": True, "Resources": {"CPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    monkeypatch.delenv("KNET_GROWS_TO", raising=False)
+
+
+@pytest.mark.usefixtures("head_alone")
+def test_trials_are_counted_by_what_a_cluster_may_grow_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's autoscaler tells nobody; without it nothing would start where no machine is yet."""
+    trials = Resources(workers=2, gpus_per_worker=1)
+    with pytest.raises(CapacityError, match=r"KNET_GROWS_TO says how many \(CPU=64,GPU=8\)"):
+        trial_slots(trials)
+    monkeypatch.setenv("KNET_GROWS_TO", "CPU=256, GPU=9")
+    assert trial_slots(trials) == 4
+    assert trial_slots(Resources(workers=(1, 8), gpus_per_worker=1)) == 9
+    monkeypatch.setenv("KNET_GROWS_TO", "CPU:256")
+    with pytest.raises(UsageError, match="KNET_GROWS_TO: got 'CPU:256', expected what all"):
+        trial_slots(trials)
 
 
 @pytest.mark.ray
