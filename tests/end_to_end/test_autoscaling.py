@@ -27,6 +27,8 @@ SCRIPT = Path(__file__).with_name("placed_sweep.py")
 CPUS = 2
 """Of a node that can be had, and of a trial's two workers; the head has one."""
 MOST_NODES = 2
+HEAD_TYPE = "ray.head.default"
+"""As the fake provider calls it."""
 RECIPE = """\
 data: {format: shapes, shapes: {num_train: 8, num_val: 4, size: 64}, short_edge: [64, 64]}
 train: {iterations: 10, batch_size: 4}
@@ -65,7 +67,7 @@ def cluster_description(address: str) -> dict[str, Any]:
             "launch_multiple": True,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {"CPU": CPUS, "object_store_memory": 100 * 2**20},
                 "node_config": {},
@@ -73,7 +75,7 @@ def cluster_description(address: str) -> dict[str, Any]:
                 "max_workers": MOST_NODES,
             },
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "file_mounts": {},
         "file_mounts_sync_continuously": False,
         "auth": {},
