@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 STEPS, INTERVAL, STEP_SECONDS = 40, 8, 1.0
 AWAY_SECONDS = 5.0
@@ -30,17 +32,8 @@ AWAY_SECONDS = 5.0
 BETWEEN_SECONDS = (20.0, 50.0)
 CPUS = 5
 """Of a worker, and of a node; more than the head has."""
-TRIALS_PER_MINUTE = 1.2
+TRIALS_PER_MINUTE = 1.5
 """That three nodes manage about, deaths included."""
-SWEEP = f"""\
-name: soak
-base: recipe.yaml
-metric: {{name: val/AP, mode: max}}
-baseline: plain
-seeds: [{{seeds}}]
-resources: {{{{cpus_per_worker: {CPUS}}}}}
-arms: {{{{plain: {{{{}}}}}}}}
-"""
 RECIPE = f"""\
 base: {ROOT}/tests/tiny_recipe.yaml
 model: {{backbone: {{name: test_resnet}}, stages: 1}}
@@ -110,8 +103,16 @@ def soak(folder: Path, args: argparse.Namespace) -> int:
     """Run the sweep under fire in `folder`, then compare."""
     count = max(2, round(args.minutes * TRIALS_PER_MINUTE * args.nodes / 3))
     (folder / "recipe.yaml").write_text(RECIPE)
-    seeds = ", ".join(map(str, range(count)))
-    (folder / "sweep.yaml").write_text(SWEEP.format(seeds=seeds))
+    sweep_file = {
+        "name": "soak",
+        "base": "recipe.yaml",
+        "metric": {"name": "val/AP", "mode": "max"},
+        "baseline": "plain",
+        "seeds": list(range(count)),
+        "resources": {"cpus_per_worker": CPUS},
+        "arms": {"plain": {}},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep_file))
     orders = folder / "orders"
     searched = [ROOT, ROOT / "platform", ROOT / "tests" / "faults"]
     os.environ |= {
