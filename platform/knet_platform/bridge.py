@@ -5,6 +5,7 @@ Runs in the process of the sweep, which alone writes to the tracker.
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from knet_platform import attempts
 from knet_platform.budget import Governor
 from knet_platform.errors import StorageError
+from knet_platform.gauges import State, SweepGauges
 from knet_platform.progress import Moment, Progress, show_metric
 from knet_platform.screening import Screen
 from knet_platform.storage import Cause, Evaluation, Failure, Pruned, Store
@@ -24,6 +26,8 @@ TAKEN_OVER = (
     "taken over by another run, which goes on from its newest checkpoint; once that has ended, "
     "the same command takes its result"
 )
+GAUGE_SECONDS = 5.0
+"""Between looks at how the whole sweep stands; Ray asks each process every 10 s."""
 
 
 class Bridge(ray.tune.Callback):
@@ -36,8 +40,11 @@ class Bridge(ray.tune.Callback):
         store: Store,
         tracker: Tracker,
         progress: Progress,
-        governor: Governor | None,
+        governor: Governor,
+        gauges: SweepGauges,
         screen: Screen | None,
+        *,
+        others: Counter[State],
     ) -> None:
         self.run_id = uuid.uuid4().hex
         self.failed: dict[str, str] = {}
@@ -58,7 +65,11 @@ class Bridge(ray.tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._governor = governor
+        self._gauges = gauges
+        self._looked = -GAUGE_SECONDS
         self._screen = screen
+        self._others = others
+        """States of the sweep's trials that this run leaves as they are."""
         self._allowed: frozenset[str] | None = None
         self._running: set[str] = set()
         self._ended: set[str] = set()
@@ -86,12 +97,19 @@ class Bridge(ray.tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tell trials to stop that the budget is not enough for; Tune calls this all the time."""
-        allowed = self._governor.allowed(time.monotonic()) if self._governor else None
+        now = time.monotonic()
+        if now - self._looked >= GAUGE_SECONDS:
+            self._look(now)
+        allowed = self._governor.allowed(now)
         if allowed is not None and allowed != self._allowed:
             if self._allowed is None:
                 self._progress.note("budget: nothing new starts; what it cannot pay for stops")
             attempts.allow(self._store, self.run_id, allowed)
             self._allowed = allowed
+
+    def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
+        """Say how it ended."""
+        self._look(time.monotonic())
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Any, **info: Any
@@ -104,6 +122,8 @@ class Bridge(ray.tune.Callback):
             self._advance(ours, result)
         if "retry" in result:
             self._progress.note(f"{ours.name}  tries again after: {result['retry']}")
+            if "cause" in result:  # not a damaged checkpoint, which ends no attempt
+                self._gauges.retried(result["cause"])
         if result.get("outcome") == "finished":
             self._end(ours)
         elif result.get("outcome") == "failed":
@@ -145,6 +165,7 @@ class Bridge(ray.tune.Callback):
             step=step,
         )
         store.write_failure(failure, final=False)
+        self._gauges.retried(failure.cause)
         self._progress.note(f"{ours.name}  {failure.message}; {failure.action}")
 
     def on_trial_error(
@@ -205,8 +226,7 @@ class Bridge(ray.tune.Callback):
         self.waiting.discard(trial.hash)
         self.attempts[trial.hash] = attempt
         self._running.add(trial.hash)
-        if self._governor:
-            self._governor.begin(trial.hash, time.monotonic())
+        self._governor.begin(trial.hash, time.monotonic())
         self._tracker.start_trial(TrialRun.of(trial), attempt)
         self._log_provenance(trial)
         self._progress.begin(trial, attempt)
@@ -217,6 +237,8 @@ class Bridge(ray.tune.Callback):
         values = self._values[trial.hash]
         for point in points:
             values.update(point.metrics)
+        if self._sweep.metric.name in values:
+            self._gauges.evaluated(trial, values[self._sweep.metric.name])
         if "picture" in result:
             try:
                 png = self._store.trial(trial.hash).read_bytes(result["picture"])
@@ -225,9 +247,8 @@ class Bridge(ray.tune.Callback):
             else:
                 self._tracker.log_picture(trial.hash, result["step"], png)
         if "step" in result:
-            if self._governor:
-                now = time.monotonic()
-                self._governor.advance(trial.hash, result["step"], result["total"], now)
+            now = time.monotonic()
+            self._governor.advance(trial.hash, result["step"], result["total"], now)
             moment = Moment(
                 step=result["step"],
                 total=result["total"],
@@ -272,8 +293,23 @@ class Bridge(ray.tune.Callback):
 
     def _leave(self, trial: Trial) -> None:
         self._running.discard(trial.hash)
-        if self._governor:
-            self._governor.end(trial.hash, time.monotonic())
+        self._governor.end(trial.hash, time.monotonic())
+
+    def _look(self, now: float) -> None:
+        """Tell Prometheus how the sweep stands."""
+        self._looked = now
+        states = self._others + Counter(map(self._state, self._trials))
+        spent = self._governor.spent(now)
+        self._gauges.look(states, seconds=spent, unsent=self._tracker.unsent)
+
+    def _state(self, trial_hash: str) -> State:
+        if trial_hash in self._running:
+            return "running"
+        if trial_hash in self.failed:
+            return "failed"
+        if trial_hash in self._ended:
+            return "finished"
+        return "pruned" if trial_hash in self._pruned else "waiting"
 
     def _end(self, trial: Trial, failure: str | None = None) -> None:
         stopped = trial.hash in self._stopped

@@ -44,12 +44,12 @@ class Governor:
     """Decides which running trials may go on; once it has stopped one, no new one starts."""
 
     def __init__(
-        self, limit: float, *, spent: Mapping[str, float], priority: Sequence[str]
+        self, limit: float | None, *, spent: Mapping[str, float], priority: Sequence[str]
     ) -> None:
         """Start with what earlier runs have spent.
 
         Args:
-            limit: Seconds that the trials may train, added up.
+            limit: Seconds that the trials may train, added up; None: it counts and stops nothing.
             spent: Seconds already trained, by trial hash.
             priority: Hashes of trials, the one to be stopped last first; others follow as they
                 start.
@@ -93,6 +93,8 @@ class Governor:
         A trial of low priority is stopped as soon as those above it need what is left; the one
         of the highest priority goes on until nothing is left.
         """
+        if self._limit is None:
+            return None
         left = self._limit - self.spent(now) - RESERVE_SECONDS * len(self._running)
         going: set[str] = set()
         for trial_hash in self._priority:

@@ -21,6 +21,7 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from knet_core import KNetError
 from knet_platform.attempts import SupersededError, begin, is_pruned, may_go_on, verify
 from knet_platform.failures import Policy, cause_of
+from knet_platform.gauges import TrialGauges
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
 
@@ -33,6 +34,8 @@ class TrialJob:
     """What a driver needs to know, in plain values: Tune writes them down as JSON."""
 
     trial_hash: str
+    labels: dict[str, str]
+    """What Prometheus knows the trial by: sweep, arm and seed."""
     recipe: dict[str, Any]
     data_fingerprint: str
     """Of the data set when the trial was planned."""
@@ -145,7 +148,7 @@ def _goes_on(store: TrialStore, attempt: int, error: Exception, policy: Policy) 
     )
     store.write_failure(failure, final=not decision.retry)
     if decision.retry:
-        ray.tune.report({"retry": f"{message}; {decision.action}"})
+        ray.tune.report({"retry": f"{message}; {decision.action}", "cause": cause})
     else:
         ray.tune.report(
             {"outcome": "failed", "reason": message, "cause": cause, "points": _points(store)}
@@ -183,7 +186,10 @@ def _fit(
                 controller_failure_limit=0,  # type: ignore[call-arg]
                 max_preemption_failures=0,
             ),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
+            callbacks=[
+                TrialGauges(job.labels, attempt),  # type: ignore[list-item]
+                TuneReportCallback(),  # type: ignore[list-item, no-untyped-call]
+            ],
         ),
     )
     device, finished = trainer.fit().return_value

@@ -9,13 +9,14 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.tune
 
@@ -25,7 +26,7 @@ from knet_platform.budget import Governor, limit_seconds
 from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
-from knet_platform.forecast import look_up
+from knet_platform.gauges import State, SweepGauges, labels_of
 from knet_platform.home import cache_folder, cache_gb
 from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
@@ -38,10 +39,13 @@ from knet_platform.queueing import Queue
 from knet_platform.report import Report, build_report, write_report
 from knet_platform.screening import Screen, screened_out, screens
 from knet_platform.source import read_source
-from knet_platform.storage import Evaluation, Pruned, Store
+from knet_platform.storage import Evaluation, Pruned, Store, TrialResult
 from knet_platform.sweep import Sweep, Trial
 from knet_platform.tracking import SweepRun, Tracker, TrialModel, TrialRun
 from knet_platform.tracking.protocol import Status
+
+if TYPE_CHECKING:
+    from knet_core import CheckpointState
 
 DRIVER_RESTARTS = 2
 """Times that a driver process which dies is started again."""
@@ -150,13 +154,21 @@ def _run_unfinished(
     unfinished = [t for t in sweep.by_priority if t.hash not in done | pruned.keys()]
     _catch_up(sweep, done, pruned, store, tracker)
     todo = [trial for trial in unfinished if not only_failed or states[trial.hash] == "failed"]
-    governor = _governor(sweep, store, price)
+    earlier = _earlier(store, states)
+    governor = Governor(
+        limit_seconds(sweep, price.usd_per_hour if price else 0.0),
+        spent={trial_hash: known.seconds for trial_hash, known in earlier.items()},
+        priority=[trial.hash for trial in sweep.by_priority],
+    )
+    gauges = SweepGauges(sweep, price)
     screen = Screen(sweep) if sweep.scheduler else None
-    bridge = Bridge(sweep, todo, store, tracker, progress, governor, screen)
+    others = _others(states, pruned, todo)
+    bridge = Bridge(sweep, todo, store, tracker, progress, governor, gauges, screen, others=others)
     bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
     if todo or (sweep.search and sweep.search.to_come):
         with _interruptible(sweep, bridge) as listen, connected():
             listen()  # again: Ray has put its own handler in place
+            _show_earlier(sweep, earlier, gauges)
             tune = _Tune(sweep, store, bridge, price, trainable)
             if screen:
                 screen.recall(store)
@@ -199,13 +211,32 @@ def _pruned(sweep: Sweep, store: Store) -> dict[str, Pruned]:
     }
 
 
-def _governor(sweep: Sweep, store: Store, price: Price | None) -> Governor | None:
-    limit = limit_seconds(sweep, price.usd_per_hour if price else 0.0)
-    if limit is None:
-        return None
-    rows = look_up(sweep, store)
-    spent = {row.trial.hash: row.done.seconds for row in rows if row.done is not None}
-    return Governor(limit, spent=spent, priority=[trial.hash for trial in sweep.by_priority])
+def _earlier(
+    store: Store, states: Mapping[str, str]
+) -> dict[str, "TrialResult | CheckpointState"]:
+    """Return what earlier runs have measured, by hash."""
+    begun = {h: store.trial(h) for h, state in states.items() if state != "new"}
+    found = {trial_hash: folder.result() or folder.state() for trial_hash, folder in begun.items()}
+    return {trial_hash: known for trial_hash, known in found.items() if known is not None}
+
+
+def _others(
+    states: Mapping[str, str], pruned: Collection[str], todo: Sequence[Trial]
+) -> Counter[State]:
+    """Count the trials that are not run, by state."""
+    kept: dict[str, State] = {"finished": "finished", "failed": "failed"}
+    others = states.keys() - {trial.hash for trial in todo}
+    return Counter("pruned" if h in pruned else kept.get(states[h], "waiting") for h in others)
+
+
+def _show_earlier(
+    sweep: Sweep, earlier: Mapping[str, "TrialResult | CheckpointState"], gauges: SweepGauges
+) -> None:
+    """Tell Prometheus what earlier runs have measured."""
+    for trial in sweep.distinct_trials:
+        metrics = earlier[trial.hash].metrics if trial.hash in earlier else {}
+        if sweep.metric.name in metrics:
+            gauges.evaluated(trial, metrics[sweep.metric.name])
 
 
 class _Tune:
@@ -311,6 +342,7 @@ class _Tune:
             folder.write_schedule(recipe)
         job = TrialJob(
             trial_hash=trial.hash,
+            labels=labels_of(trial),
             recipe=with_absolute_root(recipe).to_dict(),
             data_fingerprint=provenance.data_fingerprint,
             cache={"folder": str(cache_folder()), "gb": cache_gb()},

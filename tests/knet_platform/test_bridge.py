@@ -1,5 +1,6 @@
 """What one trial's failure means for the others of its sweep, as Tune's callback decides it."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,6 +9,8 @@ import pytest
 
 from knet_platform import attempts
 from knet_platform.bridge import Bridge
+from knet_platform.budget import Governor
+from knet_platform.gauges import SweepGauges
 from knet_platform.planning import load_sweep
 from knet_platform.progress import PlainProgress
 from knet_platform.screening import Screen
@@ -50,8 +53,10 @@ class Played:
             self.store,
             self.tracker,
             progress,
-            governor=None,
-            screen=Screen(self.sweep) if scheduler else None,
+            Governor(None, spent={}, priority=[]),
+            SweepGauges(self.sweep, None, lambda *_: None),
+            Screen(self.sweep) if scheduler else None,
+            others=Counter(),
         )
         self.trials = {trial.name: trial for trial in self.sweep.trials}
         for trial in self.sweep.trials:

@@ -71,6 +71,11 @@ class JournaledTracker:
         self.problem: str | None = None
         """The first reason why an update did not arrive at once."""
 
+    @property
+    def unsent(self) -> int:
+        """Return how many updates the journal keeps."""
+        return 0 if self._journal is None else len(self._journal)
+
     def start_sweep(self, sweep: SweepRun) -> None:
         """Find or create the sweep's run, and begin to send."""
         self._tracker.start_sweep(sweep)

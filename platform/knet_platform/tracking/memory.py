@@ -31,6 +31,8 @@ class Run:
 class MemoryTracker:
     """Implements `Tracker`."""
 
+    unsent = 0
+
     def __init__(self) -> None:
         self.sweep: SweepRun | None = None
         self.sweep_status: Status | None = None

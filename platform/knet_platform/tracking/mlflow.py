@@ -62,6 +62,8 @@ class MLflowTracker:
         artifacts: Where a store without a server keeps files of new experiments.
     """
 
+    unsent = 0  # each call returns when its update has arrived
+
     def __init__(self, uri: str, *, artifacts: Path) -> None:
         self._uri = uri
         self._artifacts = artifacts

@@ -15,6 +15,8 @@ from knet_platform.tracking.protocol import (
 class NoTracker:
     """Implements `Tracker`; results, curves and pictures are in the store all the same."""
 
+    unsent = 0
+
     def start_sweep(self, sweep: SweepRun) -> None:
         """Do nothing."""
 

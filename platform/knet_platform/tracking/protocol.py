@@ -139,6 +139,10 @@ class Tracker(Protocol):
     when something happened, in Unix seconds; unset: now.
     """
 
+    @property
+    def unsent(self) -> int:
+        """Return how many updates are still on their way."""
+
     def start_sweep(self, sweep: SweepRun) -> None:
         """Find or create the sweep's run; called first, proves that the store works."""
 

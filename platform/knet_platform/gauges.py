@@ -1,0 +1,196 @@
+"""What Prometheus hears of a running sweep, through the metric agent of each Ray node.
+
+Units and names are Prometheus': base units, moments instead of ages, `_total` for counters alone.
+Ray puts `ray_` before every name, `_total` behind a counter's, and labels of its own to ours; the
+series of a process that ends are gone soon after. See docs/design/metrics.md.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import ray.train
+from ray.util.metrics import Counter, Gauge
+
+from knet_platform.prices import Price
+from knet_platform.storage import Cause
+from knet_platform.sweep import Sweep, Trial
+
+State = Literal["finished", "running", "waiting", "failed", "pruned"]
+"""As in `standing`; what has begun and is paused waits."""
+
+_TRIAL = ("sweep", "arm", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One name that Prometheus knows."""
+
+    help: str
+    labels: tuple[str, ...]
+    is_counter: bool = False
+
+
+SERIES: dict[str, Series] = {
+    # Of the attempt under way: these go when it ends.
+    "knet_trial_step": Series(help="Optimizer steps done", labels=_TRIAL),
+    "knet_trial_planned_steps": Series(help="Optimizer steps of the whole run", labels=_TRIAL),
+    "knet_trial_loss": Series(help="Training loss, mean since the last point", labels=_TRIAL),
+    "knet_trial_images_per_second": Series(help="Images trained, all workers", labels=_TRIAL),
+    "knet_trial_data_wait_ratio": Series(
+        help="Share of the time that the first worker waits for images", labels=_TRIAL
+    ),
+    "knet_trial_host_memory_bytes": Series(
+        help="Memory of the first worker's process, without its data loaders", labels=_TRIAL
+    ),
+    "knet_trial_gpu_memory_bytes": Series(
+        help="Most that tensors took of the first worker's GPU", labels=_TRIAL
+    ),
+    "knet_trial_gpu_utilization_ratio": Series(
+        help="Share of the time that the first worker's GPU is busy", labels=_TRIAL
+    ),
+    "knet_trial_attempt": Series(help="Which attempt this is, from 1", labels=_TRIAL),
+    "knet_trial_report_timestamp_seconds": Series(
+        help="When the trial last reported", labels=_TRIAL
+    ),
+    "knet_trial_checkpoint_timestamp_seconds": Series(
+        help="When the newest checkpoint was in the store, or the attempt first reported since",
+        labels=_TRIAL,
+    ),
+    # Of the sweep: these go when its process ends.
+    "knet_trial_evaluation": Series(
+        help="The sweep's metric as last measured", labels=(*_TRIAL, "metric")
+    ),
+    "knet_sweep_trials": Series(help="Trials by state", labels=("sweep", "state")),
+    "knet_sweep_gpu_seconds": Series(help="GPU time of all attempts so far", labels=("sweep",)),
+    "knet_sweep_cost_usd": Series(help="Cost of all attempts so far", labels=("sweep",)),
+    "knet_sweep_budget_gpu_seconds": Series(
+        help="GPU time that the sweep may take", labels=("sweep",)
+    ),
+    "knet_sweep_budget_usd": Series(help="What the sweep may cost", labels=("sweep",)),
+    "knet_sweep_unsent_records": Series(
+        help="Updates that the tracking journal keeps for a server", labels=("sweep",)
+    ),
+    "knet_sweep_retries": Series(
+        help="Attempts that ended and were followed by another",
+        labels=("sweep", "cause"),
+        is_counter=True,
+    ),
+}
+
+Record = Callable[[str, float, dict[str, str]], None]
+"""Takes a name of `SERIES`, a value (of a counter: what is added) and the labels."""
+
+
+class ToRay:
+    """Records for the agent of this node, from a process that is connected to Ray."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, name: str, value: float, labels: dict[str, str]) -> None:
+        """Set a gauge, or add to a counter."""
+        series = SERIES[name]
+        if name not in self._made:  # not before: Ray forgets what was recorded unconnected
+            kind = Counter if series.is_counter else Gauge
+            self._made[name] = kind(name, description=series.help, tag_keys=series.labels)
+        if series.is_counter:
+            self._made[name].inc(value, tags=labels)
+        else:
+            self._made[name].set(value, tags=labels)
+
+
+_OF_A_POINT = {
+    "train/loss": ("knet_trial_loss", 1.0),
+    "sys/images_per_s": ("knet_trial_images_per_second", 1.0),
+    "sys/data_wait": ("knet_trial_data_wait_ratio", 1.0),
+    "sys/host_memory_gb": ("knet_trial_host_memory_bytes", 1e9),
+    "sys/gpu_memory_gb": ("knet_trial_gpu_memory_bytes", 1e9),
+    "sys/gpu_utilization": ("knet_trial_gpu_utilization_ratio", 1.0),
+}
+"""Name and factor of what a training point measures."""
+
+
+class TrialGauges(ray.train.UserCallback):
+    """Tells how one attempt goes, from its controller: the one process that lives as long."""
+
+    def __init__(
+        self, labels: Mapping[str, str], attempt: int, record: Record | None = None
+    ) -> None:
+        """Take the trial's labels, sweep, arm and seed."""
+        self._labels = dict(labels)
+        self._attempt = attempt
+        self._record = record or ToRay()
+        self._saved: float | None = None
+
+    def after_report(
+        self, run_context: Any, metrics: Sequence[Mapping[str, Any]], checkpoint: Any
+    ) -> None:
+        """Take a report: the first worker's values, and the checkpoint if it brought one."""
+        now, report = time.time(), metrics[0]
+        if checkpoint is not None or self._saved is None:
+            self._saved = now
+        values: dict[str, float] = {
+            "knet_trial_step": report["step"],
+            "knet_trial_planned_steps": report["total"],
+            "knet_trial_attempt": self._attempt,
+            "knet_trial_report_timestamp_seconds": now,
+            "knet_trial_checkpoint_timestamp_seconds": self._saved,
+        }
+        for point in report["points"]:
+            for metric, value in point["metrics"].items():
+                if metric in _OF_A_POINT:
+                    name, factor = _OF_A_POINT[metric]
+                    values[name] = value * factor
+        for name, value in values.items():
+            self._record(name, value, self._labels)
+
+
+class SweepGauges:
+    """Tells how a sweep stands, from its own process."""
+
+    def __init__(self, sweep: Sweep, price: Price | None, record: Record | None = None) -> None:
+        """Take the sweep, and what an hour of one trial costs."""
+        self._sweep = sweep
+        # A price that nobody named is only worth showing beside a budget that counts with it.
+        named = price is not None and (not price.assumed or sweep.budget.usd is not None)
+        self._usd_per_hour = price.usd_per_hour if price and named else None
+        self._record = record or ToRay()
+
+    def evaluated(self, trial: Trial, value: float) -> None:
+        """Take the sweep's metric as just measured."""
+        labels = {**labels_of(trial), "metric": self._sweep.metric.name}
+        self._record("knet_trial_evaluation", value, labels)
+
+    def retried(self, cause: Cause) -> None:
+        """Count an attempt that is followed by another."""
+        self._record("knet_sweep_retries", 1.0, {"sweep": self._sweep.name, "cause": cause})
+
+    def look(self, states: Mapping[State, int], *, seconds: float, unsent: int) -> None:
+        """Take how everything stands.
+
+        Args:
+            states: Number of trials in each.
+            seconds: That all trials have trained, added up.
+            unsent: Records of the journal.
+        """
+        labels = {"sweep": self._sweep.name}
+        for state in get_args(State):
+            self._record("knet_sweep_trials", states.get(state, 0), {**labels, "state": state})
+        resources, budget = self._sweep.resources, self._sweep.budget
+        gpu_seconds = seconds * resources.workers * resources.gpus_per_worker
+        values = {"knet_sweep_gpu_seconds": gpu_seconds, "knet_sweep_unsent_records": unsent}
+        if self._usd_per_hour is not None:
+            values["knet_sweep_cost_usd"] = seconds / 3600 * self._usd_per_hour
+        if budget.usd is not None:
+            values["knet_sweep_budget_usd"] = budget.usd
+        if budget.gpu_hours is not None:
+            values["knet_sweep_budget_gpu_seconds"] = budget.gpu_hours * 3600
+        for name, value in values.items():
+            self._record(name, value, labels)
+
+
+def labels_of(trial: Trial) -> dict[str, str]:
+    """Return what a trial is known by."""
+    return {"sweep": trial.sweep, "arm": trial.arm, "seed": str(trial.seed)}

@@ -1,0 +1,240 @@
+"""What Prometheus hears of trials and sweeps, and how many series that makes."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from knet_platform import attempts
+from knet_platform.bridge import Bridge
+from knet_platform.budget import Governor
+from knet_platform.gauges import SERIES, SweepGauges, TrialGauges, labels_of
+from knet_platform.planning import load_sweep
+from knet_platform.prices import Price
+from knet_platform.progress import PlainProgress
+from knet_platform.storage import Store
+from knet_platform.sweep import Sweep
+from knet_platform.sweep_file import Budget
+from knet_platform.tracking import MemoryTracker
+
+SWEEP = """\
+name: s
+base: recipe.yaml
+metric: {name: val/AP, mode: max}
+baseline: a=0.1
+seeds: [0, 1]
+arms: {a=0.1: {model.stages: 1}, b: {model.stages: 2}}
+resources: {workers: 2, gpus_per_worker: 1}
+"""
+RECIPE = "data: {format: shapes, shapes: {num_train: 8, num_val: 4, size: 64}}\n"
+PRICE = Price(
+    usd_per_hour=36.0, trials_per_instance=1, gpu="A10G", gpu_memory_gb=24, basis="", assumed=False
+)
+A0 = {"sweep": "s", "arm": "a=0.1", "seed": "0"}
+
+
+class Recorded:
+    """Stands for one process: keeps of each series what was last said, as Ray's agent does."""
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+
+    def __call__(self, name: str, value: float, labels: dict[str, str]) -> None:
+        assert set(labels) == set(SERIES[name].labels)  # Ray refuses others
+        key = (name, frozenset(labels.items()))
+        before = self.series.get(key, 0.0) if SERIES[name].is_counter else 0.0
+        self.series[key] = before + value
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.series[name, frozenset(labels.items())]
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.series}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    return load_sweep(tmp_path / "s.yaml")
+
+
+class Running:
+    """A sweep whose drivers' reports are made up."""
+
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
+        self.recorded = Recorded()
+        self.store = Store(str(folder / "storage"))
+        self.bridge = Bridge(
+            sweep,
+            sweep.trials,
+            self.store,
+            MemoryTracker(),
+            PlainProgress(sweep, finished=0),
+            Governor(None, spent={"earlier": 3600.0}, priority=[]),
+            SweepGauges(sweep, PRICE, self.recorded),
+            None,
+            others=Counter({"finished": 3}),
+        )
+        self.trials = {trial.name: trial for trial in sweep.trials}
+
+    def report(self, name: str, **result: Any) -> None:
+        trial = SimpleNamespace(config={"job": {"trial_hash": self.trials[name].hash}})
+        self.bridge.on_trial_result(1, [], cast("Any", trial), result)
+
+    def measure(self, name: str, step: int, ap: float) -> None:
+        point = {"step": step, "time": 0.0, "metrics": {"val/AP": ap}}
+        self.report(name, step=step, total=100, points=[point])
+
+    def states(self) -> dict[str, float]:
+        self.bridge.on_experiment_end([])
+        known = ("finished", "running", "waiting", "failed", "pruned")
+        value = self.recorded.value
+        found = {s: value("knet_sweep_trials", sweep="s", state=s) for s in known}
+        return {state: count for state, count in found.items() if count}
+
+
+def report(step: int, **metrics: float) -> dict[str, Any]:
+    points = [{"step": step, "time": 0.0, "metrics": metrics}] if metrics else []
+    return {"step": step, "total": 100, "points": points}
+
+
+def test_an_attempt_says_how_it_goes_in_base_units() -> None:
+    recorded, before = Recorded(), time.time()
+    gauges = TrialGauges(A0, 2, recorded)
+    measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0, "val/AP": 0.1}
+    gauges.after_report(None, [report(7, **measured), report(7)], None)
+    values = {name.removeprefix("knet_trial_"): v for (name, _), v in recorded.series.items()}
+    assert {labels for _, labels in recorded.series} == {frozenset(A0.items())}
+    moments = {values.pop(f"{what}_timestamp_seconds") for what in ("report", "checkpoint")}
+    assert all(before <= moment <= time.time() for moment in moments)
+    assert values == {
+        "step": 7, "planned_steps": 100, "attempt": 2,
+        "loss": 2.5, "data_wait_ratio": 0.25, "gpu_memory_bytes": 3e9,
+    }  # fmt: skip
+
+
+def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() -> None:
+    recorded = Recorded()
+    gauges = TrialGauges(A0, 1, recorded)
+
+    def saved() -> float:
+        return recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
+
+    gauges.after_report(None, [report(1)], None)
+    first = saved()
+    gauges.after_report(None, [report(2)], None)
+    assert saved() == first
+    gauges.after_report(None, [report(3)], object())
+    assert saved() > first
+
+
+def test_a_report_without_points_keeps_what_was_measured() -> None:
+    recorded = Recorded()
+    gauges = TrialGauges(A0, 1, recorded)
+    gauges.after_report(None, [report(1, **{"train/loss": 2.0})], None)
+    gauges.after_report(None, [report(2)], object())
+    assert recorded.value("knet_trial_loss", **A0) == 2.0
+    assert recorded.value("knet_trial_step", **A0) == 2
+
+
+def test_a_sweep_counts_its_trials_by_state(sweep: Sweep, tmp_path: Path) -> None:
+    running = Running(sweep, tmp_path)
+    for trial in sweep.trials:
+        attempts.claim(running.store.trial(trial.hash), running.bridge.run_id)
+    assert running.states() == {"finished": 3, "waiting": 4}
+    for name in ("a=0.1/0", "b/0", "a=0.1/1"):
+        running.report(name, attempt=1)
+    running.report("a=0.1/0", outcome="finished")
+    running.report("b/0", outcome="failed", cause="data", reason="x")  # and with it all others
+    running.report("b/1", outcome="stopped")
+    assert running.states() == {"finished": 4, "running": 1, "failed": 2}
+    running.report("a=0.1/1", outcome="paused")
+    assert running.states() == {"finished": 4, "waiting": 1, "failed": 2}
+
+
+def test_a_sweep_says_what_it_has_cost_and_what_it_may(sweep: Sweep) -> None:
+    recorded = Recorded()
+    limited = replace(sweep, budget=Budget(usd=100.0, gpu_hours=5.0))
+    SweepGauges(limited, PRICE, recorded).look({"running": 1}, seconds=7200.0, unsent=4)
+    values = {
+        name.removeprefix("knet_sweep_"): value
+        for (name, _), value in recorded.series.items()
+        if name != "knet_sweep_trials"
+    }
+    assert values == {
+        "gpu_seconds": 2 * 7200.0, "cost_usd": 72.0, "unsent_records": 4,
+        "budget_usd": 100.0, "budget_gpu_seconds": 5 * 3600.0,
+    }  # fmt: skip
+
+
+def test_a_price_that_nobody_named_makes_no_cost(sweep: Sweep) -> None:
+    recorded = Recorded()
+    gauges = SweepGauges(sweep, replace(PRICE, assumed=True), recorded)
+    gauges.look({}, seconds=7200.0, unsent=0)
+    assert "knet_sweep_cost_usd" not in recorded.names()
+    assert "knet_sweep_budget_usd" not in recorded.names()
+
+
+def test_earlier_runs_are_paid_for_too_and_retries_counted_by_cause(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    running = Running(sweep, tmp_path)
+    running.report("b/0", attempt=1)
+    running.report("b/0", retry="node lost; retried", cause="preempted")
+    running.report("b/0", retry="a damaged checkpoint was passed")  # ends no attempt
+    running.report("b/0", attempt=2)
+    trial = SimpleNamespace(config={"job": {"trial_hash": running.trials["b/0"].hash}})
+    running.bridge.on_trial_recover(1, [], cast("Any", trial))
+    value = running.recorded.value
+    assert value("knet_sweep_retries", sweep="s", cause="preempted") == 2
+    running.bridge.on_experiment_end([])
+    assert 36.0 <= value("knet_sweep_cost_usd", sweep="s") < 37.0
+
+
+def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    """Prometheus scrapes at any time: one of each trial, and a dozen of each that is running.
+
+    Of the trials that have ended, the processes of their attempts took the series along.
+    """
+    first = sweep.trials[0]
+    many = replace(
+        sweep,
+        trials=tuple(
+            replace(first, arm=f"arm{n // 2}", seed=n % 2, hash=f"{n:016x}") for n in range(1000)
+        ),
+    )
+    running = Running(many, tmp_path)
+    everything = {"train/loss", "sys/images_per_s", "sys/data_wait", "sys/host_memory_gb"}
+    everything |= {"sys/gpu_memory_gb", "sys/gpu_utilization"}
+    most_of_an_attempt = 0
+    for trial in many.trials:
+        running.report(trial.name, attempt=1)
+        attempt = Recorded()
+        gauges = TrialGauges(labels_of(trial), 1, attempt)
+        for step in range(10, 101, 10):
+            gauges.after_report(None, [report(step, **dict.fromkeys(everything, 1.0))], None)
+            running.measure(trial.name, step, step / 100)
+        most_of_an_attempt = max(most_of_an_attempt, len(attempt.series))
+        running.report(trial.name, outcome="paused")
+    for cause in ("preempted", "crash", "hang"):
+        running.report(many.trials[0].name, retry="x", cause=cause)
+    running.bridge.on_experiment_end([])
+
+    told_of_attempts = {name for name in SERIES if name.startswith("knet_trial_")}
+    assert most_of_an_attempt == len(told_of_attempts - {"knet_trial_evaluation"}) == 11
+    by_name = Counter(name for name, _ in running.recorded.series)
+    assert by_name.pop("knet_trial_evaluation") == 1000
+    assert by_name.total() < 20
+
+
+def test_names_and_units_are_prometheus() -> None:
+    for name, series in SERIES.items():
+        assert not name.endswith(("_total", "_gb", "_percent", "_minutes", "_hours")), name
+        assert len(series.help) > 10
