@@ -27,7 +27,7 @@ TAKEN_OVER = (
     "the same command takes its result"
 )
 GAUGE_SECONDS = 5.0
-"""Between looks at how the whole sweep stands; Ray asks each process every 10 s."""
+"""Between looks at how the whole sweep stands."""
 
 
 class Bridge(ray.tune.Callback):

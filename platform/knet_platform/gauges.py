@@ -1,10 +1,11 @@
 """What Prometheus hears of a running sweep, through the metric agent of each Ray node.
 
 Units and names are Prometheus': base units, moments instead of ages, `_total` for counters alone.
-Ray puts `ray_` before every name, `_total` behind a counter's, and labels of its own to ours; the
-series of a process that ends are gone soon after. See docs/design/metrics.md.
+Ray puts `ray_` before every name, `_total` behind a counter's, and labels of its own to ours. See
+docs/design/metrics.md.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from knet_platform.sweep import Sweep, Trial
 
 State = Literal["finished", "running", "waiting", "failed", "pruned"]
 """As in `standing`; what has begun and is paused waits."""
+
+REPEAT_SECONDS = 5.0
+"""Between two times that a value is said; Ray asks each process every 10 s."""
 
 _TRIAL = ("sweep", "arm", "seed")
 
@@ -84,21 +88,49 @@ Record = Callable[[str, float, dict[str, str]], None]
 
 
 class ToRay:
-    """Records for the agent of this node, from a process that is connected to Ray."""
+    """Records for the agent of this node, from a process that is connected to Ray.
+
+    Ray hands a gauge's value on once and forgets it, and the agent what it has not heard for 20 s.
+    So values are repeated until `close`, and go with the process if that ends before.
+    """
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._latest: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __call__(self, name: str, value: float, labels: dict[str, str]) -> None:
         """Set a gauge, or add to a counter."""
-        series = SERIES[name]
+        with self._lock:
+            if SERIES[name].is_counter:
+                self._of(name).inc(value, tags=labels)
+                return
+            self._latest[name, tuple(labels.items())] = value
+            self._of(name).set(value, tags=labels)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._repeat, name="gauges", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Let everything go."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _repeat(self) -> None:
+        while not self._closed.wait(REPEAT_SECONDS):
+            with self._lock:
+                for (name, labels), value in self._latest.items():
+                    self._of(name).set(value, tags=dict(labels))
+
+    def _of(self, name: str) -> Any:
         if name not in self._made:  # not before: Ray forgets what was recorded unconnected
+            series = SERIES[name]
             kind = Counter if series.is_counter else Gauge
             self._made[name] = kind(name, description=series.help, tag_keys=series.labels)
-        if series.is_counter:
-            self._made[name].inc(value, tags=labels)
-        else:
-            self._made[name].set(value, tags=labels)
+        return self._made[name]
 
 
 _OF_A_POINT = {
@@ -116,12 +148,13 @@ class TrialGauges(ray.train.UserCallback):
     """Tells how one attempt goes, from its controller: the one process that lives as long."""
 
     def __init__(
-        self, labels: Mapping[str, str], attempt: int, record: Record | None = None
+        self, labels: Mapping[str, str], attempt: int, open_record: Callable[[], Record] = ToRay
     ) -> None:
-        """Take the trial's labels, sweep, arm and seed."""
+        """Take the trial's labels, sweep, arm and seed; it is sent to the controller like that."""
         self._labels = dict(labels)
         self._attempt = attempt
-        self._record = record or ToRay()
+        self._open_record = open_record
+        self._record: Record | None = None
         self._saved: float | None = None
 
     def after_report(
@@ -129,6 +162,8 @@ class TrialGauges(ray.train.UserCallback):
     ) -> None:
         """Take a report: the first worker's values, and the checkpoint if it brought one."""
         now, report = time.time(), metrics[0]
+        if self._record is None:
+            self._record = self._open_record()
         if checkpoint is not None or self._saved is None:
             self._saved = now
         values: dict[str, float] = {
@@ -156,7 +191,7 @@ class SweepGauges:
         # A price that nobody named is only worth showing beside a budget that counts with it.
         named = price is not None and (not price.assumed or sweep.budget.usd is not None)
         self._usd_per_hour = price.usd_per_hour if price and named else None
-        self._record = record or ToRay()
+        self._record = record
 
     def evaluated(self, trial: Trial, value: float) -> None:
         """Take the sweep's metric as just measured."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from knet_platform.budget import Governor, limit_seconds
 from knet_platform.cluster import HEAD, connected, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
-from knet_platform.gauges import State, SweepGauges, labels_of
+from knet_platform.gauges import State, SweepGauges, ToRay, labels_of
 from knet_platform.home import cache_folder, cache_gb
 from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
@@ -160,13 +160,14 @@ def _run_unfinished(
         spent={trial_hash: known.seconds for trial_hash, known in earlier.items()},
         priority=[trial.hash for trial in sweep.by_priority],
     )
-    gauges = SweepGauges(sweep, price)
+    to_ray = ToRay()
+    gauges = SweepGauges(sweep, price, to_ray)
     screen = Screen(sweep) if sweep.scheduler else None
     others = _others(states, pruned, todo)
     bridge = Bridge(sweep, todo, store, tracker, progress, governor, gauges, screen, others=others)
     bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
     if todo or (sweep.search and sweep.search.to_come):
-        with _interruptible(sweep, bridge) as listen, connected():
+        with _interruptible(sweep, bridge) as listen, connected(), closing(to_ray):
             listen()  # again: Ray has put its own handler in place
             _show_earlier(sweep, earlier, gauges)
             tune = _Tune(sweep, store, bridge, price, trainable)

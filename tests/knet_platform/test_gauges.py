@@ -105,7 +105,7 @@ def report(step: int, **metrics: float) -> dict[str, Any]:
 
 def test_an_attempt_says_how_it_goes_in_base_units() -> None:
     recorded, before = Recorded(), time.time()
-    gauges = TrialGauges(A0, 2, recorded)
+    gauges = TrialGauges(A0, 2, lambda: recorded)
     measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0, "val/AP": 0.1}
     gauges.after_report(None, [report(7, **measured), report(7)], None)
     values = {name.removeprefix("knet_trial_"): v for (name, _), v in recorded.series.items()}
@@ -120,7 +120,7 @@ def test_an_attempt_says_how_it_goes_in_base_units() -> None:
 
 def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() -> None:
     recorded = Recorded()
-    gauges = TrialGauges(A0, 1, recorded)
+    gauges = TrialGauges(A0, 1, lambda: recorded)
 
     def saved() -> float:
         return recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
@@ -135,7 +135,7 @@ def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() 
 
 def test_a_report_without_points_keeps_what_was_measured() -> None:
     recorded = Recorded()
-    gauges = TrialGauges(A0, 1, recorded)
+    gauges = TrialGauges(A0, 1, lambda: recorded)
     gauges.after_report(None, [report(1, **{"train/loss": 2.0})], None)
     gauges.after_report(None, [report(2)], object())
     assert recorded.value("knet_trial_loss", **A0) == 2.0
@@ -213,15 +213,15 @@ def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     running = Running(many, tmp_path)
     everything = {"train/loss", "sys/images_per_s", "sys/data_wait", "sys/host_memory_gb"}
     everything |= {"sys/gpu_memory_gb", "sys/gpu_utilization"}
-    most_of_an_attempt = 0
+    attempts_record, most_of_an_attempt = Recorded(), 0
     for trial in many.trials:
         running.report(trial.name, attempt=1)
-        attempt = Recorded()
-        gauges = TrialGauges(labels_of(trial), 1, attempt)
+        attempts_record.series.clear()  # another process
+        gauges = TrialGauges(labels_of(trial), 1, lambda: attempts_record)
         for step in range(10, 101, 10):
             gauges.after_report(None, [report(step, **dict.fromkeys(everything, 1.0))], None)
             running.measure(trial.name, step, step / 100)
-        most_of_an_attempt = max(most_of_an_attempt, len(attempt.series))
+        most_of_an_attempt = max(most_of_an_attempt, len(attempts_record.series))
         running.report(trial.name, outcome="paused")
     for cause in ("preempted", "crash", "hang"):
         running.report(many.trials[0].name, retry="x", cause=cause)

@@ -4,19 +4,28 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import socket
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
+from knet_platform.cli.ui import free_port
 from knet_platform.errors import CapacityError, UsageError
+from knet_platform.gauges import ToRay
 from knet_platform.identity import trial_hash
 from knet_platform.links import read_links
 from knet_platform.planning import load_sweep
@@ -28,6 +37,7 @@ from knet_platform.tracking import MemoryTracker
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RECIPE = f"""\
 base: {TINY}
 train: {{iterations: 6, batch_size: 4, log_every: 1, eval_every: 3}}
@@ -43,6 +53,7 @@ arms:
   "2": {model.stages: 2}
 resources: {workers: 2}
 """
+BUDGET = "budget: {usd: 1000, gpu_hours: 1000}\n"
 BROKEN_ARM = "  broken: {model.backbone.checkpoint: FOLDER/damaged.safetensors}\n"
 
 
@@ -75,14 +86,79 @@ class Done:
         return named
 
 
+class Prometheus:
+    """A real one, which scrapes the cluster and records by our rules."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._began = time.time()
+
+    def ask(self, path: str, **values: object) -> Any:
+        """Return an answer's data; fails on what does not parse."""
+        address = f"{self._address}/api/v1/{path}?{urllib.parse.urlencode(values)}"
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def now(self, query: str) -> list[Any]:
+        found: list[Any] = self.ask("query", query=query)["result"]
+        return found
+
+    def so_far(self, query: str) -> list[Any]:
+        """Return what a curve since the beginning shows, as a panel does."""
+        span = {"start": self._began, "end": time.time(), "step": 2}
+        found: list[Any] = self.ask("query_range", query=query, **span)["result"]
+        return found
+
+    @property
+    def seconds(self) -> int:
+        return math.ceil(time.time() - self._began)
+
+    def wait_for(self, query: str) -> list[Any]:
+        """Return what a query finds, as soon as it does; reports and scrapes take seconds."""
+        deadline = time.monotonic() + 60
+        while not (found := self.now(query)):
+            assert time.monotonic() < deadline, query
+            time.sleep(0.2)  # Prometheus tells nobody when it has scraped
+        return found
+
+
 @pytest.fixture(scope="module")
-def done(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def prometheus(
+    ray_cluster: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    start_process: Callable[..., Any],
+) -> Iterator[Prometheus]:
+    program = shutil.which("prometheus")
+    assert program, "no prometheus: apt-get install prometheus"
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load((DASHBOARDS / "prometheus" / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
+    config["rule_files"] = [str(DASHBOARDS / "prometheus" / "rules.yml")]
+    (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
+    del discovery["authorization"]  # this cluster has no token
+    discovery["refresh_interval"] = "1s"
+    discovery["url"] = discovery["url"].replace("http://127.0.0.1:8265", ray_cluster)
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port(0)}"
+    command = [program, f"--config.file={folder}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
+    server = start_process(command, folder / "log", f"http://{address}/-/ready")
+    yield Prometheus(f"http://{address}")
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def done(
+    ray_cluster: str, prometheus: Prometheus, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Done]:
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "tiny.yaml").write_text(SWEEP)
     (folder / "damaged.safetensors").write_bytes(b"no weights")
     broken = BROKEN_ARM.replace("FOLDER", str(folder))
-    (folder / "broken.yaml").write_text(SWEEP.replace("resources:", broken + "resources:"))
+    (folder / "broken.yaml").write_text(
+        SWEEP.replace("resources:", broken + BUDGET + "resources:")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KNET_HOME", str(folder / "home"))
         for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
@@ -92,6 +168,86 @@ def done(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         outcome = json.loads(output.getvalue())
         sweep = load_sweep(folder / "tiny.yaml")
         yield Done(folder=folder, sweep=sweep, code=code, outcome=outcome, cluster=ray_cluster)
+
+
+def panels() -> dict[str, dict[str, Any]]:
+    """Every panel of every dashboard."""
+    files = sorted((DASHBOARDS / "grafana" / "dashboards").glob("*.json"))
+    boards = [json.loads(file.read_text()) for file in files]
+    return {f"{board['title']}: {p['title']}": p for board in boards for p in board["panels"]}
+
+
+def filled(query: str, variables: dict[str, str]) -> str:
+    """Put in a dashboard's variables as Grafana does."""
+    for name, value in variables.items():
+        escaped = value.replace('"', '\\"')
+        query = query.replace(f"${{{name}:doublequote}}", f'"{escaped}"').replace(
+            f"${name}", value
+        )
+    assert "$" not in query
+    return query
+
+
+def test_every_panel_of_the_dashboards_shows_what_the_sweep_measured(
+    done: Done, prometheus: Prometheus
+) -> None:
+    prometheus.wait_for('ray_knet_sweep_trials{sweep="tiny", state="finished"} == 2')
+    prometheus.wait_for('ray_knet_sweep_trials{sweep="tiny", state="failed"} == 1')
+    prometheus.wait_for("sweep_limit:knet_sweep_budget_used:ratio")
+    values = {"sweep": "tiny", "arm": "1", "seed": "0", "__range": f"{prometheus.seconds}s"}
+    found, needs_gpu = {}, set()
+    for title, panel in panels().items():
+        for target in panel["targets"]:
+            ask = prometheus.now if target.get("instant") else prometheus.so_far
+            found[f"{title} {target['refId']}"] = ask(filled(target["expr"], values))
+            if panel["description"].startswith("Needs a GPU"):
+                needs_gpu.add(f"{title} {target['refId']}")
+    assert len(found) > 40
+    assert {title for title, series in found.items() if not series} == needs_gpu
+
+    # Not just anything: what the store has too.
+    result = done.store.trial(done.sweep.trials[0].hash).result()
+    assert result is not None
+    (steps,) = found["K-Net: one trial: Steps A"]
+    assert steps["values"][-1][1] == "6"
+    (evaluated,) = found["K-Net: one trial: Evaluation A"]
+    assert float(evaluated["values"][-1][1]) == pytest.approx(result.metrics["val/AP"])
+    arms = {item["metric"]["arm"] for item in found["K-Net: sweep: Arms A"]}
+    assert arms == {"1", "2"}
+
+
+def test_every_rule_finds_the_series_that_it_is_made_from(
+    done: Done, prometheus: Prometheus
+) -> None:
+    """No alert fires here, so of alerts it is the series in them that must be there."""
+    known = set(prometheus.ask("label/__name__/values"))
+    groups = yaml.safe_load((DASHBOARDS / "prometheus" / "rules.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    loaded = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert [rule["name"] for rule in loaded] == [r.get("record") or r["alert"] for r in rules]
+    assert {rule["health"] for rule in loaded} == {"ok"}, "evaluated without an error"
+    empty = {r["record"] for r in rules if "record" in r and not prometheus.so_far(r["record"])}
+    # Nothing was preempted, and there is no GPU.
+    assert empty == {
+        "sweep:knet_preemptions:increase6h",
+        "sweep:knet_preemptions:rate6h",
+        "node:knet_gpus_idle:count",
+    }
+    used = {
+        name for rule in rules for name in re.findall(r"\bray_\w+|\b\w+:\w+:\w+", rule["expr"])
+    }
+    missing = {"ray_knet_sweep_retries_total", "ray_node_gpus_utilization"} | empty
+    assert used - known == missing
+
+
+def test_a_label_with_quotes_and_html_arrives_as_it_is(done: Done, prometheus: Prometheus) -> None:
+    odd = {"sweep": 'a "b" <c>', "arm": "x\\y\n", "seed": "0", "metric": "val/AP"}
+    with closing(ToRay()) as record:
+        record("knet_trial_evaluation", 0.25, odd)
+        query = filled("ray_knet_trial_evaluation{sweep=${sweep:doublequote}}", odd)
+        (found,) = prometheus.wait_for(query)
+    assert {name: found["metric"][name] for name in odd} == odd
+    assert found["value"][1] == "0.25"
 
 
 def test_every_trial_records_what_it_was_made_from(done: Done) -> None:
@@ -206,6 +362,24 @@ def test_submit_runs_the_sweep_as_a_job_and_ends_as_it_ends(
     assert "2 (baseline)" in capsys.readouterr().out
     assert main(["cancel", job]) == 0
     assert capsys.readouterr().out == f"job {job}: had ended already\n"
+
+
+def test_the_series_of_an_attempt_go_with_it(done: Done, prometheus: Prometheus) -> None:
+    """So a sweep shows Prometheus the trials that run, however many have ended.
+
+    What was measured once is there until the sweep ends, though Ray itself forgets it sooner.
+    """
+    prometheus.wait_for('absent(ray_knet_trial_step{sweep="tiny"})')
+    prometheus.wait_for('absent(ray_knet_sweep_trials{sweep="tiny"})')
+
+    def last(query: str) -> float:
+        (series,) = prometheus.so_far(f"max({query})")
+        moment, _ = series["values"][-1]
+        return float(moment)
+
+    ended = last('ray_knet_sweep_trials{sweep="tiny"}')
+    assert ended - last('ray_knet_trial_evaluation{sweep="tiny", arm="2"}') < 5
+    assert ended - last('ray_knet_trial_step{sweep="tiny", arm="2"}') > 10
 
 
 def test_the_cluster_is_examined_node_by_node(

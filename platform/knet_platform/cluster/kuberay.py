@@ -18,6 +18,8 @@ _GRACE_SECONDS = 120
 """As long as clouds give a spot machine; checkpoints are put in it."""
 _DAEMONS = {"cpu": 1, "memory": 0.85}
 """CPUs left to the node's own services, and the share of its memory that pods may have."""
+_METRICS_PORT = 8080
+"""Of the metric agent in every pod."""
 _SPOT_LABEL = {
     "aws": ("karpenter.sh/capacity-type", "spot"),
     "gcp": ("cloud.google.com/gke-spot", "true"),
@@ -93,6 +95,34 @@ def access_resources(cluster: Cluster) -> list[dict[str, Any]]:
     return [namespace, *accounts, policy]
 
 
+def monitoring_resources(cluster: Cluster) -> list[dict[str, Any]]:
+    """Return what the Prometheus operator scrapes, and the door through which it may."""
+    name = cluster.description.name
+    ours = {"matchLabels": _labels(cluster)}
+    monitor = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": _metadata(cluster, name),
+        "spec": {"selector": ours, "podMetricsEndpoints": [{"port": "metrics"}]},
+    }
+    prometheus = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+    }
+    port = {"protocol": "TCP", "port": _METRICS_PORT}
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(cluster, f"{name}-scraped"),
+        "spec": {
+            "podSelector": ours,
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [prometheus], "ports": [port]}],
+        },
+    }
+    return [monitor, policy]
+
+
 def _entrypoint(cluster: Cluster) -> str:
     """Return the command, which starts and continues alike."""
     description = cluster.description
@@ -125,7 +155,12 @@ def _cluster_spec(cluster: Cluster) -> dict[str, Any]:
     spec["headGroupSpec"] = {
         # Nothing trains on the head. Its dashboard is reached through the service, which the
         # network policy closes to other pods.
-        "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
+        "rayStartParams": {
+            "num-cpus": "0",
+            "num-gpus": "0",
+            "dashboard-host": "0.0.0.0",
+            "metrics-export-port": str(_METRICS_PORT),
+        },
         "template": _pod(
             cluster,
             _container(
@@ -136,7 +171,12 @@ def _cluster_spec(cluster: Cluster) -> dict[str, Any]:
                     "cpu": str(cluster.head.cpus - _DAEMONS["cpu"]),
                     "memory": _memory(cluster.head.memory_gb),
                 },
-                ports={"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080},
+                ports={
+                    "gcs-server": 6379,
+                    "dashboard": 8265,
+                    "client": 10001,
+                    "metrics": _METRICS_PORT,
+                },
             ),
             spec={
                 "serviceAccountName": f"{description.name}-head",
@@ -172,10 +212,16 @@ def _workers(cluster: Cluster, group: Group) -> dict[str, Any]:
         "minReplicas": 0,
         "maxReplicas": description.max_workers,
         "idleTimeoutSeconds": 60 * description.idle_minutes,
-        "rayStartParams": {},
+        "rayStartParams": {"metrics-export-port": str(_METRICS_PORT)},
         "template": _pod(
             cluster,
-            _container(cluster, "ray-worker", description.worker_image, resources),
+            _container(
+                cluster,
+                "ray-worker",
+                description.worker_image,
+                resources,
+                ports={"metrics": _METRICS_PORT},
+            ),
             spec={
                 "serviceAccountName": f"{description.name}-worker",
                 "terminationGracePeriodSeconds": _GRACE_SECONDS,

@@ -51,7 +51,11 @@ def launcher(
         disks: Pattern of the machine's own NVMe disks.
     """
     description, machine = cluster.description, cluster.machine
-    settings = cluster.environment() | {"RAY_AUTH_TOKEN_PATH": f"{SECRETS}/auth_token"}
+    settings = cluster.environment() | {
+        "RAY_AUTH_TOKEN_PATH": f"{SECRETS}/auth_token",
+        # Where a Grafana beside the container finds them (dashboards/compose.yaml).
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": f"{HOME}/metrics/ray",
+    }
     groups = {
         group.name: {
             "min_workers": 0,

@@ -12,7 +12,12 @@ import yaml
 from knet_platform.cluster.aws import aws_access, aws_launcher
 from knet_platform.cluster.description import Description
 from knet_platform.cluster.gcp import gcp_head_role, gcp_launcher
-from knet_platform.cluster.kuberay import access_resources, cluster_resource, job_resource
+from knet_platform.cluster.kuberay import (
+    access_resources,
+    cluster_resource,
+    job_resource,
+    monitoring_resources,
+)
 from knet_platform.cluster.machines import Cluster
 
 _MAKERS: dict[str, dict[str, Callable[[Cluster], Any]]] = {
@@ -22,6 +27,7 @@ _MAKERS: dict[str, dict[str, Callable[[Cluster], Any]]] = {
         "access.yaml": access_resources,
         "raycluster.yaml": cluster_resource,
         "rayjob.yaml": job_resource,
+        "monitoring.yaml": monitoring_resources,
     },
 }
 """By provider and file: what makes its document, or the list of its documents."""

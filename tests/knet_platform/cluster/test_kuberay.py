@@ -62,7 +62,7 @@ def test_resources_are_of_the_form_that_the_operator_reads(
 
 def test_everything_else_is_of_kubernetes_own_form(documents: dict[str, dict[str, Any]]) -> None:
     for document in documents.values():
-        if not document["apiVersion"].startswith("ray.io/"):
+        if not document["apiVersion"].startswith(("ray.io/", "monitoring.coreos.com/")):
             kubernetes_validate.validate(document, VERSION, strict=True)
     for template in pods(documents):
         kubernetes_validate.validate(as_pod(template), VERSION, strict=True)
@@ -131,6 +131,24 @@ def test_pods_are_closed_and_take_their_token_from_a_secret(
     assert among == {"from": [{"podSelector": {"matchLabels": chosen}}]}
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     assert documents["ServiceAccount knet-worker"]["automountServiceAccountToken"] is False
+
+
+def test_prometheus_may_scrape_every_pod_and_nothing_else(
+    documents: dict[str, dict[str, Any]],
+) -> None:
+    monitor, policy = documents["PodMonitor knet"]["spec"], documents["NetworkPolicy knet-scraped"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    (rule,) = policy["spec"]["ingress"]
+    assert policy["spec"]["podSelector"] == monitor["selector"]
+    spec = documents["RayCluster knet"]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        labels = group["template"]["metadata"]["labels"]
+        assert monitor["selector"]["matchLabels"].items() <= labels.items()
+        (container,) = group["template"]["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        port = ports[endpoint["port"]]
+        assert group["rayStartParams"]["metrics-export-port"] == str(port)
+        assert rule["ports"] == [{"protocol": "TCP", "port": port}]
 
 
 def test_the_head_is_kept_off_spot_machines_and_from_training(

@@ -26,6 +26,8 @@ def test_ray_starts_closed_and_nothing_trains_on_the_head(launcher: dict[str, An
     assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
     token = "--env RAY_AUTH_TOKEN_PATH=/home/knet/secrets/auth_token"
     assert token in launcher["docker"]["run_options"]
+    pages = "--env RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR=/mnt/knet/metrics/ray"
+    assert pages in launcher["docker"]["run_options"]
     assert launcher["file_mounts"] == {"/home/knet/secrets": "~/.knet/clusters/knet"}
 
 
