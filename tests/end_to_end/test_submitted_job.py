@@ -3,6 +3,7 @@
 Faults are ordered as in `test_faults`: what hangs in the middle of an epoch can be killed there.
 """
 
+import json
 import os
 import secrets
 import signal
@@ -14,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from mlflow import MlflowClient
@@ -129,7 +132,7 @@ def hung_in_mid_epoch(head: Head, log: Path, sweep: Path, fault: Path, step: int
 
 
 def refuse_strangers(head: Head) -> None:
-    """Submit without a token and with another one: one line each, and no job."""
+    """Submit without a token and with another one: one line each, and no job; nor metrics."""
     command = ["knet", "submit", "sweeps/stages.yaml", "--scale", SCALE]
     strangers = ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
     started = [
@@ -142,6 +145,12 @@ def refuse_strangers(head: Head) -> None:
         assert line.startswith(f"error: RAY_AUTH_TOKEN: {head.address} refuses the token (")
         assert head.token not in line
     assert head.jobs() == []
+
+    discovery = f"{head.address}/api/prometheus/sd"
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(discovery)
+    with urlopen(Request(discovery, headers=headers)) as answer:  # as Prometheus asks
+        assert json.load(answer)[0]["labels"] == {"job": "ray"}
 
 
 def learnt(store: TrialStore) -> dict[str, float]:

@@ -155,6 +155,7 @@ def test_a_store_that_stays_away_does_not_hold_up_the_end(
     assert tracker.failed.wait(10)
     background.finish_sweep("FINISHED")
     assert (background.waiting, background.lost) == (4, 0)  # points, the trial's end, the sweep's
+    assert background.unsent == 4
     assert "knet sync sends them (no answer)" in background.left()
     assert warnings == ["no answer"]
 
