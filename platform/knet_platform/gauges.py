@@ -185,7 +185,7 @@ class TrialGauges(ray.train.UserCallback):
 class SweepGauges:
     """Tells how a sweep stands, from its own process."""
 
-    def __init__(self, sweep: Sweep, price: Price | None, record: Record | None = None) -> None:
+    def __init__(self, sweep: Sweep, price: Price | None, record: Record) -> None:
         """Take the sweep, and what an hour of one trial costs."""
         self._sweep = sweep
         # A price that nobody named is only worth showing beside a budget that counts with it.

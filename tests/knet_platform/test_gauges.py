@@ -1,18 +1,20 @@
 """What Prometheus hears of trials and sweeps, and how many series that makes."""
 
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from knet_platform import attempts
+from knet_platform import attempts, gauges
 from knet_platform.bridge import Bridge
 from knet_platform.budget import Governor
-from knet_platform.gauges import SERIES, SweepGauges, TrialGauges, labels_of
+from knet_platform.gauges import SERIES, SweepGauges, ToRay, TrialGauges, labels_of
 from knet_platform.planning import load_sweep
 from knet_platform.prices import Price
 from knet_platform.progress import PlainProgress
@@ -105,9 +107,9 @@ def report(step: int, **metrics: float) -> dict[str, Any]:
 
 def test_an_attempt_says_how_it_goes_in_base_units() -> None:
     recorded, before = Recorded(), time.time()
-    gauges = TrialGauges(A0, 2, lambda: recorded)
+    told = TrialGauges(A0, 2, lambda: recorded)
     measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0, "val/AP": 0.1}
-    gauges.after_report(None, [report(7, **measured), report(7)], None)
+    told.after_report(None, [report(7, **measured), report(7)], None)
     values = {name.removeprefix("knet_trial_"): v for (name, _), v in recorded.series.items()}
     assert {labels for _, labels in recorded.series} == {frozenset(A0.items())}
     moments = {values.pop(f"{what}_timestamp_seconds") for what in ("report", "checkpoint")}
@@ -120,24 +122,24 @@ def test_an_attempt_says_how_it_goes_in_base_units() -> None:
 
 def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() -> None:
     recorded = Recorded()
-    gauges = TrialGauges(A0, 1, lambda: recorded)
+    told = TrialGauges(A0, 1, lambda: recorded)
 
     def saved() -> float:
         return recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
 
-    gauges.after_report(None, [report(1)], None)
+    told.after_report(None, [report(1)], None)
     first = saved()
-    gauges.after_report(None, [report(2)], None)
+    told.after_report(None, [report(2)], None)
     assert saved() == first
-    gauges.after_report(None, [report(3)], object())
+    told.after_report(None, [report(3)], object())
     assert saved() > first
 
 
 def test_a_report_without_points_keeps_what_was_measured() -> None:
     recorded = Recorded()
-    gauges = TrialGauges(A0, 1, lambda: recorded)
-    gauges.after_report(None, [report(1, **{"train/loss": 2.0})], None)
-    gauges.after_report(None, [report(2)], object())
+    told = TrialGauges(A0, 1, lambda: recorded)
+    told.after_report(None, [report(1, **{"train/loss": 2.0})], None)
+    told.after_report(None, [report(2)], object())
     assert recorded.value("knet_trial_loss", **A0) == 2.0
     assert recorded.value("knet_trial_step", **A0) == 2
 
@@ -174,8 +176,8 @@ def test_a_sweep_says_what_it_has_cost_and_what_it_may(sweep: Sweep) -> None:
 
 def test_a_price_that_nobody_named_makes_no_cost(sweep: Sweep) -> None:
     recorded = Recorded()
-    gauges = SweepGauges(sweep, replace(PRICE, assumed=True), recorded)
-    gauges.look({}, seconds=7200.0, unsent=0)
+    told = SweepGauges(sweep, replace(PRICE, assumed=True), recorded)
+    told.look({}, seconds=7200.0, unsent=0)
     assert "knet_sweep_cost_usd" not in recorded.names()
     assert "knet_sweep_budget_usd" not in recorded.names()
 
@@ -217,9 +219,9 @@ def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     for trial in many.trials:
         running.report(trial.name, attempt=1)
         attempts_record.series.clear()  # another process
-        gauges = TrialGauges(labels_of(trial), 1, lambda: attempts_record)
+        told = TrialGauges(labels_of(trial), 1, lambda: attempts_record)
         for step in range(10, 101, 10):
-            gauges.after_report(None, [report(step, **dict.fromkeys(everything, 1.0))], None)
+            told.after_report(None, [report(step, **dict.fromkeys(everything, 1.0))], None)
             running.measure(trial.name, step, step / 100)
         most_of_an_attempt = max(most_of_an_attempt, len(attempts_record.series))
         running.report(trial.name, outcome="paused")
@@ -232,6 +234,39 @@ def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     by_name = Counter(name for name, _ in running.recorded.series)
     assert by_name.pop("knet_trial_evaluation") == 1000
     assert by_name.total() < 20
+
+
+class FakeGauge:
+    """Stands for Ray's gauge or counter: notes every value that it is handed."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.heard: list[float] = []
+        self.again = Event()
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.heard.append(value)
+        if len(self.heard) > 3:
+            self.again.set()
+
+    inc = set
+
+
+def test_gauges_are_repeated_until_closed_and_counters_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray forgets a gauge's value once it has handed it on."""
+    monkeypatch.setattr(gauges, "REPEAT_SECONDS", 0.01)
+    monkeypatch.setattr(gauges, "Gauge", FakeGauge)
+    monkeypatch.setattr(gauges, "Counter", FakeGauge)
+    record = ToRay()
+    record("knet_sweep_retries", 1.0, {"sweep": "s", "cause": "hang"})
+    record("knet_sweep_cost_usd", 2.0, {"sweep": "s"})
+    gauge, counter = record._of("knet_sweep_cost_usd"), record._of("knet_sweep_retries")
+    assert gauge.again.wait(10)
+    record.close()
+    assert set(gauge.heard) == {2.0}
+    assert counter.heard == [1.0]
+    assert not [thread for thread in threading.enumerate() if thread.name == "gauges"]
 
 
 def test_names_and_units_are_prometheus() -> None:

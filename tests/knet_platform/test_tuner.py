@@ -157,7 +157,7 @@ def done(
     (folder / "damaged.safetensors").write_bytes(b"no weights")
     broken = BROKEN_ARM.replace("FOLDER", str(folder))
     (folder / "broken.yaml").write_text(
-        SWEEP.replace("resources:", broken + BUDGET + "resources:")
+        SWEEP.replace("resources:", broken + "resources:") + BUDGET
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KNET_HOME", str(folder / "home"))
@@ -364,22 +364,11 @@ def test_submit_runs_the_sweep_as_a_job_and_ends_as_it_ends(
     assert capsys.readouterr().out == f"job {job}: had ended already\n"
 
 
-def test_the_series_of_an_attempt_go_with_it(done: Done, prometheus: Prometheus) -> None:
-    """So a sweep shows Prometheus the trials that run, however many have ended.
-
-    What was measured once is there until the sweep ends, though Ray itself forgets it sooner.
-    """
-    prometheus.wait_for('absent(ray_knet_trial_step{sweep="tiny"})')
-    prometheus.wait_for('absent(ray_knet_sweep_trials{sweep="tiny"})')
-
-    def last(query: str) -> float:
-        (series,) = prometheus.so_far(f"max({query})")
-        moment, _ = series["values"][-1]
-        return float(moment)
-
-    ended = last('ray_knet_sweep_trials{sweep="tiny"}')
-    assert ended - last('ray_knet_trial_evaluation{sweep="tiny", arm="2"}') < 5
-    assert ended - last('ray_knet_trial_step{sweep="tiny", arm="2"}') > 10
+def test_series_go_with_the_attempt_and_the_sweep(done: Done, prometheus: Prometheus) -> None:
+    """So Prometheus sees the trials that run, however many have ended."""
+    for name in ("ray_knet_trial_step", "ray_knet_trial_evaluation", "ray_knet_sweep_trials"):
+        assert prometheus.so_far(f'{name}{{sweep="tiny"}}')
+        prometheus.wait_for(f'absent({name}{{sweep="tiny"}})')
 
 
 def test_the_cluster_is_examined_node_by_node(
