@@ -248,7 +248,8 @@ class FakeGauge:
         if len(self.heard) > 3:
             self.again.set()
 
-    inc = set
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        self.heard.append(value)
 
 
 def test_gauges_are_repeated_until_closed_and_counters_are_not(
