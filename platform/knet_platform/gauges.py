@@ -214,10 +214,12 @@ class SweepGauges:
         for state in get_args(State):
             self._record("knet_sweep_trials", states.get(state, 0), {**labels, "state": state})
         resources, budget = self._sweep.resources, self._sweep.budget
-        gpu_seconds = seconds * resources.workers * resources.gpus_per_worker
+        workers = resources.most_workers  # elastic trials count as in the budget
+        gpu_seconds = seconds * workers * resources.gpus_per_worker
         values = {"knet_sweep_gpu_seconds": gpu_seconds, "knet_sweep_unsent_records": unsent}
         if self._usd_per_hour is not None:
-            values["knet_sweep_cost_usd"] = seconds / 3600 * self._usd_per_hour
+            usd_per_hour = self._usd_per_hour * workers / resources.least_workers
+            values["knet_sweep_cost_usd"] = seconds / 3600 * usd_per_hour
         if budget.usd is not None:
             values["knet_sweep_budget_usd"] = budget.usd
         if budget.gpu_hours is not None:

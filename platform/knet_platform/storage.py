@@ -301,8 +301,10 @@ class TrialStore:
 
     def groups(self) -> tuple[Group, ...]:
         """Return the groups of workers whose training the newest checkpoint holds, in order."""
-        values = self._read_json("groups.json") or {"groups": []}
-        return tuple(Group(**item) for item in values["groups"])
+        found = self.read_json(
+            "groups.json", lambda values: tuple(Group(**item) for item in values["groups"])
+        )
+        return found or ()
 
     def add_group(self, group: Group) -> None:
         """Record who trains from now on; groups whose work was lost are forgotten."""

@@ -56,9 +56,12 @@ class Head:
                 command, cwd=ROOT, env=self.env, stdout=output, stderr=subprocess.STDOUT
             )
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
     def jobs(self) -> list[JobDetails]:
-        headers = {"Authorization": f"Bearer {self.token}"}
-        return JobSubmissionClient(self.address, headers=headers).list_jobs()
+        return JobSubmissionClient(self.address, headers=self.headers).list_jobs()
 
     def answers(self) -> bool:
         try:
@@ -149,7 +152,7 @@ def refuse_strangers(head: Head) -> None:
     discovery = f"{head.address}/api/prometheus/sd"
     with pytest.raises(HTTPError, match="401"):
         urlopen(discovery)
-    with urlopen(Request(discovery, headers=headers)) as answer:  # as Prometheus asks
+    with urlopen(Request(discovery, headers=head.headers)) as answer:  # as Prometheus asks
         assert json.load(answer)[0]["labels"] == {"job": "ray"}
 
 
