@@ -55,6 +55,8 @@ def judge(reports: Sequence[NodeReport], silent: Sequence[str], storage: str) ->
         )
     else:
         yield Check(name="nodes", status="ok", found=f"{len(reports)} answer")
+    if not reports:
+        return
     yield _versions(reports)
     yield _gpus(reports)
     yield _storage(reports, storage)

@@ -59,6 +59,12 @@ def test_a_node_that_does_not_answer_is_named() -> None:
     assert "lost" in check.found
 
 
+def test_where_no_node_answers_nothing_else_is_judged() -> None:
+    (check,) = judge([], ["lost", "gone"], "s3://bucket")
+    assert (check.name, check.status) == ("nodes", "fail")
+    assert "lost, gone" in check.found
+
+
 def test_a_folder_that_nodes_do_not_share_is_found(tmp_path: Path) -> None:
     (tmp_path / "doctor").mkdir()
     (tmp_path / "doctor" / "marker").write_bytes(b"")
