@@ -146,7 +146,8 @@ def soak(folder: Path, args: argparse.Namespace) -> int:
         later = (f for f in failures if datetime.fromisoformat(f.at).timestamp() >= hit.at - 1)
         failure = next(later, None)  # none: it died after its last checkpoint
         resumed = failure.step if failure else hit.last_step
-        lost.append(hit.last_step - resumed)
+        # What was seen last may be the step before the one that a checkpoint has.
+        lost.append(max(0, hit.last_step - resumed))
         print(f"{hit.seconds:5.0f}s  {hit.trial:10}  {hit.last_step:4}  {resumed:4}  {lost[-1]:4}")
     attempts = [len(store.trial(h).failures()) + 1 for h in names]
     wrong = compare(sweep, store, folder)

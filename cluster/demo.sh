@@ -50,8 +50,15 @@ trap 'exit 130' INT TERM
 
 echo "Starting a Ray head on this machine (loopback, token authentication) ..."
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
-until ray job list >/dev/null 2>&1; do
+# The same question as `ray job list`, which would load Ray each time.
+until python - 2>/dev/null <<'PY'
+import os, urllib.request
+token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+urllib.request.urlopen(urllib.request.Request(os.environ["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", headers=token))
+PY
+do
   kill -0 "$head" 2>/dev/null || { cat "$session/head.log" >&2; exit 1; }
+  sleep 0.2
 done
 
 ray job submit --log-style record --submission-id "$job" --working-dir . -- sweeps/stages.yaml --scale laptop "$@"

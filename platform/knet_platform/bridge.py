@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from knet_platform import attempts
 from knet_platform.budget import Governor
+from knet_platform.cluster import release_abandoned
 from knet_platform.errors import StorageError
 from knet_platform.gauges import State, SweepGauges
 from knet_platform.progress import Moment, Progress, show_metric
@@ -153,6 +154,7 @@ class Bridge(ray.tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """Record that a driver died and is started again."""
+        release_abandoned()
         ours = self._trials[hash_of(trial)]
         store = self._store.trial(ours.hash)
         step = store.latest_step()
@@ -172,6 +174,7 @@ class Bridge(ray.tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """Record that a driver itself broke, as often as it was started."""
+        release_abandoned()
         ours = self._trials[hash_of(trial)]
         error = str(trial.get_error() or "ended without a word")
         reason = f"driver: {error.strip().splitlines()[-1]}"

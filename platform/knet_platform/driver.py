@@ -4,9 +4,9 @@ The folder of a trial is also Ray Train's run folder, so whatever restarts - a w
 driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from it.
 """
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -15,13 +15,12 @@ from typing import Any
 import ray.train
 import ray.tune
 from ray.exceptions import RayError
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from knet_core import KNetError
 from knet_platform.attempts import SupersededError, begin, is_pruned, may_go_on, verify
 from knet_platform.failures import Policy, cause_of
-from knet_platform.gauges import TrialGauges
+from knet_platform.gauges import ToRay, TrialGauges
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
 
@@ -161,45 +160,47 @@ def _fit(
 ) -> tuple[str, bool]:
     """Return the device's name, and whether the trial came to its end."""
     # Loads torch, which the process that runs the sweep can do without.
-    from ray.tune.integration.ray_train import TuneReportCallback
+    from knet_platform.groups import Trainer
 
-    from knet_platform.groups import make_trainer
-
-    _name_cluster()
     store.delete(_RAYS_RECORD)
-    # Ray's annotations describe its version 1.
-    trainer: Any = make_trainer(
-        job.workers,
-        train_worker,
-        train_loop_config={
-            **asdict(job),
-            "attempt": attempt,
-            "images_at_once": images_at_once,
-        },
-        scaling_config=scaling(job),
-        run_config=ray.train.RunConfig(
-            name=job.trial_hash,
-            storage_path=store.uri.rpartition("/")[0],
-            # Retries are decided above: Ray Train cannot tell a broken image from a broken node.
-            failure_config=ray.train.FailureConfig(
-                max_failures=0,
-                controller_failure_limit=0,  # type: ignore[call-arg]
-                max_preemption_failures=0,
+    with closing(ToRay()) as to_ray:
+        gauges = TrialGauges(job.labels, attempt, to_ray)
+
+        def listen(report: Mapping[str, Any], saved: bool) -> None:
+            gauges.reported(report, saved=saved)
+            ray.tune.report(dict(report))
+
+        # Ray's annotations describe its version 1.
+        trainer: Any = Trainer(
+            job.workers,
+            train_worker,
+            on_report=listen,
+            train_loop_config={
+                **asdict(job),
+                "attempt": attempt,
+                "images_at_once": images_at_once,
+            },
+            scaling_config=scaling(job),
+            run_config=ray.train.RunConfig(
+                name=job.trial_hash,
+                storage_path=store.uri.rpartition("/")[0],
+                # Retries are decided above: Ray Train cannot tell a broken image from a broken
+                # node.
+                failure_config=ray.train.FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=0,  # type: ignore[call-arg]
+                    max_preemption_failures=0,
+                ),
             ),
-            callbacks=[
-                TrialGauges(job.labels, attempt),  # type: ignore[list-item]
-                TuneReportCallback(),  # type: ignore[list-item, no-untyped-call]
-            ],
-        ),
-    )
-    device, finished = trainer.fit().return_value
+        )
+        device, finished = trainer.fit().return_value
     return device, finished
 
 
 def scaling(job: TrialJob) -> ray.train.ScalingConfig:
     """Return what a group of workers takes: all of it or nothing, on as few nodes as can hold it.
 
-    Beside its workers a trial takes nothing: its controller runs where the driver does.
+    Beside its workers a trial takes nothing: its controller is the driver.
     """
     least, most = job.workers[0], job.workers[-1]
     # Ray's annotations describe its version 1.
@@ -210,16 +211,6 @@ def scaling(job: TrialJob) -> ray.train.ScalingConfig:
         | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker else {}),
         placement_strategy="PACK",
     )
-
-
-def _name_cluster() -> None:
-    """Tell Ray Train's own processes which cluster is theirs.
-
-    Without an address they ask the one that was started last on this machine. There nobody knows
-    the trial's controller, so it is taken for dead and its workers are ended.
-    """
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _result(

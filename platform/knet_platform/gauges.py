@@ -7,11 +7,10 @@ docs/design/metrics.md.
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import ray.train
 from ray.util.metrics import Counter, Gauge
 
 from knet_platform.prices import Price
@@ -144,27 +143,20 @@ _OF_A_POINT = {
 """Name and factor of what a training point measures."""
 
 
-class TrialGauges(ray.train.UserCallback):
-    """Tells how one attempt goes, from its controller: the one process that lives as long."""
+class TrialGauges:
+    """Tells how one attempt goes, from its driver: the process that hears of all its workers."""
 
-    def __init__(
-        self, labels: Mapping[str, str], attempt: int, open_record: Callable[[], Record] = ToRay
-    ) -> None:
-        """Take the trial's labels, sweep, arm and seed; it is sent to the controller like that."""
+    def __init__(self, labels: Mapping[str, str], attempt: int, record: Record) -> None:
+        """Take the trial's labels: sweep, arm and seed."""
         self._labels = dict(labels)
         self._attempt = attempt
-        self._open_record = open_record
-        self._record: Record | None = None
+        self._record = record
         self._saved: float | None = None
 
-    def after_report(
-        self, run_context: Any, metrics: Sequence[Mapping[str, Any]], checkpoint: Any
-    ) -> None:
-        """Take a report: the first worker's values, and the checkpoint if it brought one."""
-        now, report = time.time(), metrics[0]
-        if self._record is None:
-            self._record = self._open_record()
-        if checkpoint is not None or self._saved is None:
+    def reported(self, report: Mapping[str, Any], *, saved: bool) -> None:
+        """Take the first worker's report, and whether a checkpoint came with it."""
+        now = time.time()
+        if saved or self._saved is None:
             self._saved = now
         values: dict[str, float] = {
             "knet_trial_step": report["step"],

@@ -1,15 +1,17 @@
 """Ray Train's groups of workers: of one size, or elastic between `workers: [least, most]`.
 
-Ray Train starts an elastic group and restarts it with another size. When, and with which, is
-decided here (docs/adr/0018-elastic-trials.md): with a number that shares the batch, growing or
-shrinking only when the work is saved, and with more than the least only while no other trial lacks
-its own. Loads torch.
+Ray Train's controller runs in the trial's driver (docs/adr/0019-controllers.md). It starts an
+elastic group and restarts it with another size. When, and with which, is decided here
+(docs/adr/0018-elastic-trials.md): with a number that shares the batch, growing or shrinking only
+when the work is saved, and with more than the least only while no other trial lacks its own. Loads
+torch.
 """
 
+import asyncio
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +22,11 @@ from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
 )
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.execution.callback import ReportCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -44,39 +50,62 @@ _PAUSE_SECONDS = 2.0
 """Between looks for room."""
 
 
-def make_trainer(
-    counts: Sequence[int], worker: Any, *, scaling_config: Any, **options: Any
-) -> TorchTrainer:
-    """Return the trainer of a trial.
-
-    Args:
-        counts: Numbers of workers that it may have, ascending.
-        worker: What each of them runs.
-        scaling_config: From the least to the most of `counts`.
-        options: Of `TorchTrainer`.
-    """
-    if len(counts) == 1:
-        return TorchTrainer(worker, scaling_config=scaling_config, **options)
-    # Other trials wait for the workers of those before them as long as it takes; an elastic one
-    # decides again, as there may be room for fewer.
-    os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = _START_SECONDS
-    return _ElasticTrainer(counts, worker, scaling_config=scaling_config, **options)
+Listen = Callable[[Mapping[str, Any], bool], None]
+"""Takes what the first worker reported, and whether a checkpoint came with it."""
 
 
-class _ElasticTrainer(TorchTrainer):
-    def __init__(self, counts: Sequence[int], worker: Any, **options: Any) -> None:
+class Trainer(TorchTrainer):
+    """Trains one attempt in a group of workers, with Ray Train's controller in this process."""
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        worker: Any,
+        *,
+        on_report: Listen,
+        **options: Any,
+    ) -> None:
+        """Prepare a trial's attempt.
+
+        Args:
+            counts: Numbers of workers that it may have, ascending.
+            worker: What each of them runs.
+            on_report: Hears of every report.
+            options: Of `TorchTrainer`; its scaling goes from the least to the most of `counts`.
+        """
         super().__init__(worker, **options)
         self._counts = counts
+        self._listener = _Listener(on_report)
+        if len(counts) > 1:
+            # Other trials wait for the workers of those before them as long as it takes; an
+            # elastic one decides again, as there may be room for fewer.
+            os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = _START_SECONDS
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Each of these starts a process: for Ray's data sets, of which there are none, and to
+        # free the workers of a driver that dies, which the sweep's process does (`bridge.py`).
+        processes = (DatasetsCallback, PlacementGroupCleanerCallback)
+        usual = super()._create_default_callbacks()  # type: ignore[misc]
+        return [*(item for item in usual if not isinstance(item, processes)), self._listener]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        policy = ElasticPolicy(self.scaling_config, self._counts)
-        changed = options | {"scaling_policy": policy}
-        # Ray's annotations describe its version 1.
-        return super()._initialize_and_run_controller(**changed)  # type: ignore[misc]
+        if len(self._counts) > 1:
+            options["scaling_policy"] = ElasticPolicy(self.scaling_config, self._counts)
+        controller = TrainController(**options)
+        asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        return controller.get_result()
+
+
+class _Listener(ReportCallback):
+    def __init__(self, on_report: Listen) -> None:
+        self._on_report = on_report
+
+    def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+        self._on_report(metrics[0], training_report.checkpoint is not None)
 
 
 class ElasticPolicy(ElasticScalingPolicy):
-    """Decides on the size of one trial's group; lives in Ray Train's controller of the trial.
+    """Decides on the size of one trial's group.
 
     All controllers tell Ray's coordinator what they want, and it reserves first what is asked for
     with high priority: the least of every trial, in the order in which they asked. What is left

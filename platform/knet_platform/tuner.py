@@ -23,7 +23,7 @@ import ray.tune
 from knet_platform import attempts
 from knet_platform.bridge import Bridge, hash_of
 from knet_platform.budget import Governor, limit_seconds
-from knet_platform.cluster import HEAD, connected, trial_slots
+from knet_platform.cluster import HEAD, connected, release_abandoned, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
 from knet_platform.gauges import State, SweepGauges, ToRay, labels_of
@@ -366,6 +366,7 @@ class _Tune:
         return asdict(job)
 
     def _fit(self, concurrent: int, trials: Queue) -> None:
+        release_abandoned()  # an interrupted run of this process may have
         # Tune may still be writing there when the run is interrupted.
         with tempfile.TemporaryDirectory(
             prefix="knet-tune-", ignore_cleanup_errors=True

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ train: {{batch_size: 4, micro_batch: 1, log_every: 1}}
 eval: {{fps_iterations: 0, probe_images: 0}}
 """
 CPUS = 5
-"""More than the head has: workers go to nodes of two each."""
+"""More than the head has: workers go to three nodes with room for two each."""
 # A threshold changes nothing for instances but the trial's identity.
 SWEEP = f"""\
 name: elastic
@@ -45,24 +44,6 @@ arms:
   one: {{eval.score_threshold: 0.1}}
   other: {{eval.score_threshold: 0.2}}
 """
-
-
-@pytest.fixture
-def nodes(cluster: Any) -> Iterator[dict[str, Any]]:
-    """Three nodes with room for two workers each, by id."""
-    added = [cluster.add_node(num_cpus=2 * CPUS) for _ in range(3)]
-    yield {node.node_id: node for node in added}
-    for node in added:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node, allow_graceful=False)
-
-
-def wait_for(happens: Callable[[], Any], seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happens()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)  # workers tell nobody
-    return found
 
 
 @dataclass(frozen=True)
@@ -118,12 +99,14 @@ def without_ray(trial: Trial, folder: Path, parts: list[tuple[int, int, int]]) -
 
 def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_others_do_not_notice(
     cluster: Any,
-    nodes: dict[str, Any],
+    add_nodes: Callable[..., dict[str, Any]],
+    wait_for: Callable[..., Any],
     faults: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rhythm = f"train: {{iterations: {STEPS}, eval_every: {STEPS}, checkpoint_every: {INTERVAL}}}\n"
+    nodes = add_nodes(3, num_cpus=2 * CPUS)
     (tmp_path / "base.yaml").write_text(RECIPE)
     (tmp_path / "recipe.yaml").write_text("base: base.yaml\n" + rhythm)
     (tmp_path / "sweep.yaml").write_text(SWEEP)

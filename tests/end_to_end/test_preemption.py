@@ -1,7 +1,7 @@
 """A node is taken away in mid-run: its trial saves in time, to a bucket, and goes on elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,32 +40,17 @@ NOTICE_SECONDS = 30
 """Between the notice and the end of a spot machine, at the cloud that gives the least."""
 
 
-@pytest.fixture
-def nodes(cluster: Any, s3_environment: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Two nodes that trials can use, by id."""
-    added = [cluster.add_node(num_cpus=CPUS, env_vars=s3_environment) for _ in range(2)]
-    yield {node.node_id: node for node in added}
-    for node in added:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node, allow_graceful=False)
-
-
-def wait_for(happens: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happens()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)  # workers and buckets tell nobody
-    return found
-
-
 def test_a_drained_node_costs_less_than_the_steps_between_two_checkpoints(
     cluster: Any,
-    nodes: dict[str, Any],
+    add_nodes: Callable[..., dict[str, Any]],
+    wait_for: Callable[..., Any],
+    s3_environment: dict[str, str],
     faults: Path,
     s3_uri: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    nodes = add_nodes(2, num_cpus=CPUS, env_vars=s3_environment)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     monkeypatch.setenv("KNET_HOME", str(tmp_path / "home"))

@@ -8,22 +8,18 @@ from typing import Any
 import pytest
 import ray
 import ray.tune
-from ray._private import services
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerHealthCheckFailedError,
 )
-from ray.train.v2._internal.state.util import is_actor_alive
 
 from knet_core import DataError, TrainingMemoryError
 from knet_platform import attempts
 from knet_platform.cluster import HEAD
 from knet_platform.driver import (
     TrialJob,
-    _name_cluster,
     _one_line,
     _told_by_workers,
     run_trial,
@@ -132,29 +128,3 @@ def test_what_a_trial_costs_counts_every_groups_workers(
     assert (result.earlier_workers, result.workers) == ((4,), 2)
     assert result.metrics["sys/gpu_hours"] == pytest.approx(0.5 * 4 + 1.0 * 2)
     assert result.metrics["cost/usd"] == pytest.approx(4.0 * 3)
-
-
-@pytest.mark.ray
-def test_ray_trains_processes_are_told_which_cluster_is_theirs(
-    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else they ask the machine's newest cluster, which knows no controller of ours."""
-    monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    asked: list[str | None] = []
-    look_up = services.canonicalize_bootstrap_address_or_die
-
-    def note(address: str | None, *arguments: Any) -> str:
-        asked.append(address)
-        return look_up(address, *arguments)
-
-    monkeypatch.setattr(services, "canonicalize_bootstrap_address_or_die", note)
-    _name_cluster()
-    ours = ray.get_runtime_context().gcs_address
-    assert get_env_vars_to_propagate()["RAY_ADDRESS"] == ours
-    # As the one who watches for a controller's death does, to end its workers.
-    controller = ray.remote(num_cpus=0)(dict).remote()
-    ray.get(controller.__ray_ready__.remote())
-    assert is_actor_alive(controller._actor_id.hex(), timeout=30)
-    assert asked == [ours]
-    ray.kill(controller)

@@ -107,9 +107,9 @@ def report(step: int, **metrics: float) -> dict[str, Any]:
 
 def test_an_attempt_says_how_it_goes_in_base_units() -> None:
     recorded, before = Recorded(), time.time()
-    told = TrialGauges(A0, 2, lambda: recorded)
+    told = TrialGauges(A0, 2, recorded)
     measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0, "val/AP": 0.1}
-    told.after_report(None, [report(7, **measured), report(7)], None)
+    told.reported(report(7, **measured), saved=False)
     values = {name.removeprefix("knet_trial_"): v for (name, _), v in recorded.series.items()}
     assert {labels for _, labels in recorded.series} == {frozenset(A0.items())}
     moments = {values.pop(f"{what}_timestamp_seconds") for what in ("report", "checkpoint")}
@@ -122,24 +122,24 @@ def test_an_attempt_says_how_it_goes_in_base_units() -> None:
 
 def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() -> None:
     recorded = Recorded()
-    told = TrialGauges(A0, 1, lambda: recorded)
+    told = TrialGauges(A0, 1, recorded)
 
     def saved() -> float:
         return recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
 
-    told.after_report(None, [report(1)], None)
+    told.reported(report(1), saved=False)
     first = saved()
-    told.after_report(None, [report(2)], None)
+    told.reported(report(2), saved=False)
     assert saved() == first
-    told.after_report(None, [report(3)], object())
+    told.reported(report(3), saved=True)
     assert saved() > first
 
 
 def test_a_report_without_points_keeps_what_was_measured() -> None:
     recorded = Recorded()
-    told = TrialGauges(A0, 1, lambda: recorded)
-    told.after_report(None, [report(1, **{"train/loss": 2.0})], None)
-    told.after_report(None, [report(2)], object())
+    told = TrialGauges(A0, 1, recorded)
+    told.reported(report(1, **{"train/loss": 2.0}), saved=False)
+    told.reported(report(2), saved=True)
     assert recorded.value("knet_trial_loss", **A0) == 2.0
     assert recorded.value("knet_trial_step", **A0) == 2
 
@@ -219,9 +219,9 @@ def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     for trial in many.trials:
         running.report(trial.name, attempt=1)
         attempts_record.series.clear()  # another process
-        told = TrialGauges(labels_of(trial), 1, lambda: attempts_record)
+        told = TrialGauges(labels_of(trial), 1, attempts_record)
         for step in range(10, 101, 10):
-            told.after_report(None, [report(step, **dict.fromkeys(everything, 1.0))], None)
+            told.reported(report(step, **dict.fromkeys(everything, 1.0)), saved=False)
             running.measure(trial.name, step, step / 100)
         most_of_an_attempt = max(most_of_an_attempt, len(attempts_record.series))
         running.report(trial.name, outcome="paused")

@@ -16,7 +16,7 @@ from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from knet_platform import groups
-from knet_platform.groups import ElasticPolicy, make_trainer
+from knet_platform.groups import ElasticPolicy, Trainer
 
 
 class Coordinator:
@@ -162,8 +162,8 @@ def test_a_trials_least_comes_before_the_growth_of_others(make: Make) -> None:
 def test_only_an_elastic_trial_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1e6")
     fixed = ray.train.ScalingConfig(num_workers=2)
-    make_trainer([2], print, scaling_config=fixed)
+    Trainer([2], print, on_report=print, scaling_config=fixed)
     assert groups.os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "1e6"
     elastic: Any = ray.train.ScalingConfig(num_workers=(2, 4))  # type: ignore[arg-type]
-    make_trainer([2, 4], print, scaling_config=elastic)
+    Trainer([2, 4], print, on_report=print, scaling_config=elastic)
     assert groups.os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "60"

@@ -5,7 +5,15 @@ from knet_platform.cluster.connection import (
     connected,
     prepare_environment,
     ray_address,
+    release_abandoned,
     trial_slots,
 )
 
-__all__ = ["HEAD", "connected", "prepare_environment", "ray_address", "trial_slots"]
+__all__ = [
+    "HEAD",
+    "connected",
+    "prepare_environment",
+    "ray_address",
+    "release_abandoned",
+    "trial_slots",
+]

@@ -146,6 +146,38 @@ def _release_leftovers() -> None:
             )
 
 
+def release_abandoned() -> None:
+    """Free what drivers of this process that are dead had reserved, or asked for.
+
+    Ray does that when their job ends.
+    """
+    import ray
+    from ray._private.state import state
+    from ray._raylet import PlacementGroupID
+    from ray.core.generated.gcs_pb2 import (  # type: ignore[attr-defined]
+        ActorTableData,
+        PlacementGroupTableData,
+    )
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    ours = ray.get_runtime_context().get_job_id()
+    accessor = state._connect_and_get_accessor()
+
+    def is_dead(actor: ray.ActorID) -> bool:
+        known = accessor.get_actor_info(actor)
+        return known is None or ActorTableData.FromString(known).state == ActorTableData.DEAD
+
+    for item in accessor.get_placement_group_table():
+        group = PlacementGroupTableData.FromString(item)
+        actor = ray.ActorID(group.creator_actor_id)
+        exists = group.state != PlacementGroupTableData.REMOVED
+        # What this process itself has made, such as Tune's groups of drivers, has no actor. A
+        # group that was asked for as its actor died does not know of that death.
+        made_there = exists and group.creator_job_id.hex() == ours and not actor.is_nil()
+        if made_there and is_dead(actor):
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+
+
 def trial_slots(resources: Resources) -> int:
     """Return how many trials can train at once.
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from knet_platform.cluster import trial_slots
+from knet_platform.cluster import release_abandoned, trial_slots
 from knet_platform.errors import CapacityError, UsageError
 from knet_platform.sweep_file import Resources
 
@@ -46,6 +48,35 @@ def test_trials_are_counted_by_what_a_cluster_may_grow_to(
     monkeypatch.setenv("KNET_GROWS_TO", "CPU:256")
     with pytest.raises(UsageError, match="KNET_GROWS_TO: got 'CPU:256', expected what all"):
         trial_slots(trials)
+
+
+class Driver:
+    def reserve(self) -> PlacementGroup:
+        return placement_group([{"CPU": 0.01}])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_only_what_dead_drivers_reserved_is_freed() -> None:
+    """Ray itself keeps it until the job ends: nobody could train there any more."""
+    lives, dies = (ray.remote(num_cpus=0)(Driver).remote() for _ in range(2))
+    theirs = ray.get([lives.reserve.remote(), dies.reserve.remote()])
+    kept, lost, ours = (*theirs, placement_group([{"CPU": 0.01}]))
+    ray.get([group.ready() for group in (kept, lost, ours)])
+    ray.kill(dies)
+    with pytest.raises(RayActorError):
+        ray.get(dies.__ray_ready__.remote())
+
+    release_abandoned()
+    while state(lost) != "REMOVED":  # asynchronously
+        pass
+    assert [state(kept), state(ours)] == ["CREATED", "CREATED"]
+    for group in (kept, ours):
+        ray.util.remove_placement_group(group)
+
+
+def state(group: PlacementGroup) -> str:
+    return str(placement_group_table(group)["state"])
 
 
 @pytest.mark.ray
