@@ -243,8 +243,8 @@ def main() -> None:
 def bottlenecks(slots: int, work: float) -> None:
     """Print what the one head and the one store must carry."""
     driver = driver_mib()
-    gib = (slots + 1) * driver / 1024  # one more than can train, see tuner.py
-    print(f"  head: {slots + 1} drivers of {driver:.0f} MiB each: {gib:,.0f} GiB")
+    gib = slots * driver / 1024
+    print(f"  head: {slots} drivers of {driver:.0f} MiB each: {gib:,.0f} GiB")
     print(
         f"  head: {slots / work:.2f} trials start a second in the long run; the first {slots} "
         f"take {slots * START_CPU_SECONDS / 3600:.1f} processor hours, a part of them there"

@@ -256,7 +256,10 @@ class _Tune:
         self._bridge = bridge
         self._price = price
         self._trainable = trainable
-        self._slots = trial_slots(sweep.resources)
+        # No more than can train: Ray gives workers in another order than drivers asked in, and a
+        # suggestion made before there is room for it would know less.
+        slots = trial_slots(sweep.resources)
+        self._concurrent = min(slots, sweep.resources.max_concurrent or slots)
         self._source = read_source()
         self._population: Population | None = None
 
@@ -266,10 +269,7 @@ class _Tune:
             return
         # Once: a member of a population that another run has claimed since is left to it.
         self._claim([trial for trial in todo if trial.hash not in self._bridge.attempts])
-        most = self._sweep.resources.max_concurrent
-        # One driver more than can train: it loads while another trains, and waits for its workers.
-        concurrent = most if most is not None and most <= self._slots else self._slots + 1
-        self._fit(concurrent, Queue(todo, lambda trial: {"job": self._job(trial)}))
+        self._fit(Queue(todo, lambda trial: {"job": self._job(trial)}))
 
     def evolve(self, population: Population, todo: Collection[Trial]) -> None:
         """Run `todo`, its members round by round until they are finished or one cannot go on."""
@@ -310,9 +310,7 @@ class _Tune:
             reuse=reuse,
             may_suggest=lambda: self._bridge.may_start,
         )
-        # A suggestion made before there is room for it would know less.
-        concurrent = min(self._slots, self._sweep.resources.max_concurrent or self._slots)
-        self._fit(concurrent, suggester)
+        self._fit(suggester)
         return suggester.sweep
 
     def _claim(self, trials: Sequence[Trial]) -> None:
@@ -365,7 +363,7 @@ class _Tune:
         )
         return asdict(job)
 
-    def _fit(self, concurrent: int, trials: Queue) -> None:
+    def _fit(self, trials: Queue) -> None:
         release_abandoned()  # an interrupted run of this process may have
         # Tune may still be writing there when the run is interrupted.
         with tempfile.TemporaryDirectory(
@@ -374,7 +372,7 @@ class _Tune:
             ray.tune.Tuner(
                 ray.tune.with_resources(self._trainable, HEAD),
                 tune_config=ray.tune.TuneConfig(
-                    max_concurrent_trials=concurrent,
+                    max_concurrent_trials=self._concurrent,
                     reuse_actors=True,  # a driver has loaded torch; the next need not
                     trial_name_creator=hash_of,
                     trial_dirname_creator=hash_of,
