@@ -98,7 +98,7 @@ class Annotations:
         self,
         categories: tuple[Category, ...],
         image_ids: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
+        sizes: NDArray[np.int32],
     ) -> dict[str, Any]:
         """Return the columns of the index that hold one row per annotation, and `owners`."""
         owners = self._places("image", self._images, image_ids)
@@ -116,9 +116,8 @@ class Annotations:
             "run_first": _numbers(self._run_first, np.int64),
             "runs": _numbers(self._runs, np.uint8),
         }
-        known = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
-        self._check_run_lengths(owners, known)
-        self._check_polygons(columns, known, image_ids)
+        self._check_run_lengths(owners, sizes)
+        self._check_polygons(columns, sizes, image_ids)
         return columns
 
     def _places(self, kind: str, column: "array[int]", ids: Sequence[int]) -> NDArray[np.int64]:
@@ -135,7 +134,7 @@ class Annotations:
             self._unknown[kind][repr(value)] += count
         return found
 
-    def _check_run_lengths(self, owners: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+    def _check_run_lengths(self, owners: NDArray[np.int64], sizes: NDArray[np.int32]) -> None:
         heights, widths = _numbers(self._heights, np.int64), _numbers(self._widths, np.int64)
         rows = np.flatnonzero((heights > 0) & (owners >= 0))
         stated = np.stack([heights[rows], widths[rows]], axis=1)
@@ -148,7 +147,7 @@ class Annotations:
             )
 
     def _check_polygons(
-        self, columns: dict[str, Any], sizes: NDArray[np.int64], image_ids: Sequence[int]
+        self, columns: dict[str, Any], sizes: NDArray[np.int32], image_ids: Sequence[int]
     ) -> None:
         """Compare all polygons with their images, many at once."""
         annotations = np.repeat(np.arange(len(self._ids)), np.diff(columns["polygon_first"]))

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_api
 
 from knet_core.data import index_cache
 from knet_core.data.coco_annotations import Annotations, pixels
-from knet_core.data.coco_json import Problems, check_files, parse, read_categories, read_images
+from knet_core.data.coco_json import Problems, check_files, parse, read_categories
 from knet_core.data.paths import SplitFiles
 from knet_core.data.source import Category
 
@@ -91,21 +91,20 @@ def read_index(files: SplitFiles, *, training: bool = True) -> CocoIndex:
     reader = Annotations(problems)
     images, classes, annotated = parse(files.annotations, "instances", reader.add, needed=training)
     categories = read_categories(classes, problems, kinds=False)
-    image_ids, file_names, sizes = read_images(images, problems)
-    images.clear()
-    check_files(image_ids, file_names, files, problems)
-    columns = reader.columns(categories, image_ids, sizes)
+    images.report(problems)
+    check_files(images.ids, images.names, files, problems)
+    columns = reader.columns(categories, images.ids, images.sizes)
     problems.raise_all()
     owners = columns.pop("owners")
     order = np.argsort(owners, kind="stable").astype(np.int64)
     index = CocoIndex(
         categories=categories,
         annotated=annotated,
-        image_ids=np.asarray(image_ids, dtype=np.int64),
-        file_names=tuple(file_names),
-        sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
+        image_ids=np.array(images.ids, dtype=np.int64),
+        file_names=tuple(images.names),
+        sizes=images.sizes,
         order=order,
-        first=np.searchsorted(owners[order], np.arange(len(image_ids) + 1)),
+        first=np.searchsorted(owners[order], np.arange(len(images.ids) + 1)),
         **columns,
     )
     _keep(files, index)

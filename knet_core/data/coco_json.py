@@ -5,10 +5,14 @@ Every problem found is one line; all problems of a file are reported together.
 
 import posixpath
 import reprlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from knet_core.data.json_stream import Consumer, read_lists
 from knet_core.data.paths import SplitFiles
@@ -18,7 +22,6 @@ from knet_core.errors import DataError
 
 _MOST_PROBLEMS = 20
 _MOST_SIDE = 2**16
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
 
 
 class Problems:
@@ -49,9 +52,58 @@ class Problems:
         raise DataError("\n".join(shown))
 
 
+class Images:
+    """Takes a file's images one by one; keeps ids, file names and sizes of those without fault."""
+
+    def __init__(self) -> None:
+        self.ids = array("q")
+        self.names: list[str] = []
+        self._sizes = array("i")
+        self._faults: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self._faults)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(I, 2) height and width."""
+        return np.array(self._sizes, dtype=np.int32).reshape(-1, 2)
+
+    def add(self, position: int, entry: Any) -> None:
+        """Take one image."""
+        number, name = get(entry, "id"), get(entry, "file_name")
+        size = get(entry, "height"), get(entry, "width")
+        if not (is_id(number) and isinstance(name, str)):
+            where, fault = f"images[{position}]", "expected an integer id and a file_name"
+        elif not all(is_id(side) and 0 < side <= _MOST_SIDE for side in size):
+            where, fault = (
+                f"image {number}",
+                f"height {short(size[0])}, width {short(size[1])}; expected pixels, both > 0 and "
+                f"at most {_MOST_SIDE}",
+            )
+        elif size[0] * size[1] > MOST_PIXELS:
+            where, fault = (
+                f"image {number}",
+                f"{size[1]} x {size[0]} pixels; expected at most {MOST_PIXELS}: cut it into tiles",
+            )
+        else:
+            self.ids.append(number)
+            self.names.append(name)
+            self._sizes.extend(size)
+            return
+        self._faults.append((where, fault))
+
+    def report(self, problems: Problems) -> None:
+        """Note what is wrong with the images."""
+        for where, fault in self._faults:
+            problems.add(where, fault)
+        for number in repeated(self.ids):
+            problems.add(f"image id {number}", "listed twice; give every image its own id")
+
+
 def parse(
     path: Path, kind: str, consume: Consumer, *, needed: bool = True
-) -> tuple[list[Any], list[Any], bool]:
+) -> tuple[Images, list[Any], bool]:
     """Return a COCO file's images and categories; its annotations are handed over one by one.
 
     Args:
@@ -66,19 +118,13 @@ def parse(
     Raises:
         DataError: The file cannot be read, is not JSON, or lacks a list.
     """
-    images: list[Any] = []
+    images = Images()
     categories: list[Any] = []
-
-    def keep_image(position: int, entry: Any) -> None:
-        if isinstance(entry, dict):
-            entry = {key: entry[key] for key in _IMAGE_KEYS if key in entry}
-        images.append(entry)
-
     found = read_lists(
         path,
         kind,
         {
-            "images": keep_image,
+            "images": images.add,
             "annotations": consume,
             "categories": lambda position, entry: categories.append(entry),
         },
@@ -120,36 +166,6 @@ def read_categories(
     if not entries:
         problems.add("categories", "empty; expected at least one class")
     return tuple(sorted(found, key=lambda category: (not category.isthing, category.id)))
-
-
-def read_images(
-    entries: Sequence[Any], problems: Problems
-) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    """Return ids, file names and (height, width) of all images."""
-    ids, names, sizes = [], [], []
-    for position, entry in enumerate(entries):
-        number, name = get(entry, "id"), get(entry, "file_name")
-        size = get(entry, "height"), get(entry, "width")
-        if not (is_id(number) and isinstance(name, str)):
-            problems.add(f"images[{position}]", "expected an integer id and a file_name")
-        elif not all(is_id(side) and 0 < side <= _MOST_SIDE for side in size):
-            problems.add(
-                f"image {number}",
-                f"height {short(size[0])}, width {short(size[1])}; expected pixels, both > 0 and "
-                f"at most {_MOST_SIDE}",
-            )
-        elif size[0] * size[1] > MOST_PIXELS:
-            problems.add(
-                f"image {number}",
-                f"{size[1]} x {size[0]} pixels; expected at most {MOST_PIXELS}: cut it into tiles",
-            )
-        else:
-            ids.append(number)
-            names.append(name)
-            sizes.append(size)
-    for number in repeated(ids):
-        problems.add(f"image id {number}", "listed twice; give every image its own id")
-    return ids, names, sizes
 
 
 def check_files(

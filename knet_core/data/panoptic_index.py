@@ -22,7 +22,6 @@ from knet_core.data.coco_json import (
     is_id,
     parse,
     read_categories,
-    read_images,
     repeated,
     report_unknown,
     short,
@@ -86,28 +85,28 @@ def read_panoptic_index(files: SplitFiles, *, training: bool = True) -> Panoptic
     images, classes, annotated = parse(files.annotations, "panoptic", reader.add, needed=training)
     # COCO's test-dev file does not tell things from stuff.
     categories = read_categories(classes, problems, kinds=annotated)
-    image_ids, file_names, sizes = read_images(images, problems)
+    images.report(problems)
     columns = reader.columns(categories)
-    place = {number: position for position, number in enumerate(image_ids)}
+    place = {number: position for position, number in enumerate(images.ids)}
     unknown = Counter(str(number) for number in reader.image_ids if number not in place)
     report_unknown("image", unknown, categories, problems)
     for number in repeated(reader.image_ids):
         problems.add(f"image {number}", "annotated twice; expected one annotation an image")
-    check_files(image_ids, file_names, files, problems)
+    check_files(images.ids, images.names, files, problems)
     if annotated:
         _check_maps(reader.image_ids, reader.map_names, files, problems)
     problems.raise_all()
-    numbers = reader.image_ids if annotated else image_ids
+    numbers = reader.image_ids if annotated else images.ids
     owners = np.array([place[number] for number in numbers], dtype=np.int64)
     if not annotated:
-        columns["first"] = np.zeros(len(image_ids) + 1, dtype=np.int64)
+        columns["first"] = np.zeros(len(images.ids) + 1, dtype=np.int64)
     index = PanopticIndex(
         categories=categories,
         annotated=annotated,
-        image_ids=np.asarray(image_ids, dtype=np.int64)[owners],
-        file_names=tuple(file_names[owner] for owner in owners),
+        image_ids=np.array(images.ids, dtype=np.int64)[owners],
+        file_names=tuple(images.names[owner] for owner in owners),
         map_names=tuple(reader.map_names),
-        sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2)[owners],
+        sizes=images.sizes[owners],
         **columns,
     )
     _keep(files, index)
