@@ -23,7 +23,7 @@ from knet_core.data.source import Category
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CocoIndex:
-    """Images (I), annotations (A), polygons (R) and coordinates (P) of one file, in file order."""
+    """Images (I), annotations (A), polygons (R) and their bytes (P) of one file, in file order."""
 
     categories: tuple[Category, ...]
     annotated: bool
@@ -44,8 +44,10 @@ class CocoIndex:
     """(A + 1,) annotation a owns polygons `polygon_first[a]` up to the next; none means RLE."""
     point_first: NDArray[np.int64]
     """(R + 1,) places in `points`."""
-    points: NDArray[np.int32] | NDArray[np.float64]
-    """(P,) x, y, x, y, ...; whole numbers are hundredths of a pixel."""
+    point_kinds: NDArray[np.uint8]
+    """(R,) what kind of number each polygon consists of; see `pixels`."""
+    points: NDArray[np.uint8]
+    """(P,) bytes of x, y, x, y, ..."""
     run_first: NDArray[np.int64]
     """(A + 1,) places in `runs`."""
     runs: NDArray[np.uint8]
@@ -58,8 +60,12 @@ class CocoIndex:
     def polygons(self, annotation: int) -> list[list[float]]:
         """Return the polygons of one annotation; empty where it has run lengths."""
         start, stop = self.polygon_first[annotation : annotation + 2]
-        bounds = self.point_first[start : stop + 1].tolist()
-        return [pixels(self.points[a:b]).tolist() for a, b in itertools.pairwise(bounds)]
+        bounds = itertools.pairwise(self.point_first[start : stop + 1].tolist())
+        kinds = self.point_kinds[start:stop].tolist()
+        return [
+            pixels(self.points[a:b], kind).tolist()
+            for (a, b), kind in zip(bounds, kinds, strict=True)
+        ]
 
     def rle(self, annotation: int, height: int, width: int) -> dict[str, Any]:
         """Return one annotation as compressed run lengths in pycocotools' form."""
@@ -143,6 +149,7 @@ def _kept(files: SplitFiles) -> CocoIndex | None:
             and all(len(c) == rows for c in (index.labels, index.crowd, index.areas))
             and index_cache.is_partition(index.first, images, rows)
             and index_cache.is_partition(index.polygon_first, rows, polygons)
+            and index.point_kinds.shape == (polygons,)
             and index_cache.is_partition(index.point_first, polygons, len(index.points))
             and index_cache.is_partition(index.run_first, rows, len(index.runs))
         )

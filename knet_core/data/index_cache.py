@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 
 _WORTH = 8 * 2**20
 """Bytes of a file below which parsing is fast enough."""
-_VERSION = "1"
+_VERSION = "2"
 """Of the arrays' meaning; another one makes another entry."""
 
 

@@ -113,7 +113,7 @@ def text(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, cut, pickled, shortened, text])
-@pytest.mark.parametrize("name", ["points", "first", "sizes", "text", "run_first"])
+@pytest.mark.parametrize("name", ["points", "point_kinds", "first", "sizes", "text", "run_first"])
 def test_a_damaged_entry_is_parsed_anew(
     coco_folder: Folder, cache: Path, spoil: Callable[[Path], None], name: str
 ) -> None:
@@ -142,22 +142,26 @@ def test_small_files_are_not_kept(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("numbers", "width"),
+    [((12.34, 0), 2), ((48.5, -0.25), 4), ((700, 0), 4), ((12.345, 0), 8), ((12.34, 5e-324), 8)],
+)
 def test_coordinates_are_those_of_the_file_to_the_last_bit(
-    coco_folder: Folder, monkeypatch: pytest.MonkeyPatch, exact: bool
+    coco_folder: Folder, monkeypatch: pytest.MonkeyPatch, numbers: tuple[float, float], width: int
 ) -> None:
     monkeypatch.setattr(coco_annotations, "_BLOCK", 8)
     rng = np.random.default_rng(0)
     polygons = rng.uniform(0, 48, (5, 10)).round(2)
-    if not exact:
-        polygons[3, 3] += 1e-3
+    polygons[3, 2:4] = numbers
 
     def edit(document: dict[str, Any], root: Path) -> None:
+        document["images"][1] |= {"height": 480, "width": 800}
         document["annotations"][1]["segmentation"] = polygons.tolist()
 
     index = read_index(find_split(coco_folder(edit), "val"))
     assert index.polygons(1) == polygons.tolist()
-    assert index.points.dtype == (np.int32 if exact else np.float64)
+    widths = np.diff(index.point_first[index.polygon_first[1] : index.polygon_first[2] + 1]) / 10
+    assert widths.tolist() == [2, 2, 2, width, 2]  # bytes a number
 
 
 def test_a_panoptic_file_is_kept_too_and_its_images_are_looked_up_again(
