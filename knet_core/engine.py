@@ -28,6 +28,7 @@ from knet_core.data import SegmentationDataset, build_dataset, train_loader
 from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
 from knet_core.errors import CheckpointError, TrainingMemoryError
 from knet_core.evaluation import MemoryLimit, evaluate, measure_fps, stage_picture
+from knet_core.inference import keep_freed_memory
 from knet_core.kernel_maps import draw_kernel_maps, mean_activations
 from knet_core.meter import Meter
 from knet_core.models.knet import build_model
@@ -58,6 +59,8 @@ def fit(
     most_evaluations: int | None = None,
 ) -> FitResult:
     """Train, evaluate and save; every worker calls it and gets the same result.
+
+    Seeds the process, and lets it keep what it frees (`keep_freed_memory`).
 
     Args:
         recipe: The run.
@@ -138,6 +141,7 @@ def fit(
     )
     if state is not None and resume_from is not None:
         run.resume(state, resume_from)
+    keep_freed_memory()  # not before: reading a large data set would leave holes that stay
     return run.train()
 
 

@@ -49,7 +49,7 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> tuple[str, bool]:
     import torch
     from ray.train.torch import get_device
 
-    from knet_core import fit, keep_freed_memory
+    from knet_core import fit
 
     run_id, trial_hash = config["run_id"], config["trial_hash"]
     everything = Store(config["store_uri"])
@@ -64,7 +64,6 @@ def _train(recipe: Recipe, config: dict[str, Any]) -> tuple[str, bool]:
         lambda stacks: store.write_bytes(stacks_name, stacks),
     )
     device = get_device()
-    keep_freed_memory()
     if rank == 0:
         store.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
         before = store.checkpoints.state(resumed).seconds if resumed else 0.0

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(
         args.recipe, scale=_scale(args.recipe, args.scale), overrides=args.overrides
     )
-    from knet_core import fit, keep_freed_memory
+    from knet_core import fit
     from knet_platform.cli.output import progress_bar, show_metrics
     from knet_platform.tracking import open_tracker
 
@@ -71,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or knet_home() / "runs" / trial.hash
     for folder in (knet_home(), output):
         require_writable(folder)
-    keep_freed_memory()
     tracker = open_tracker(
         f"{sweep.name}-{trial.hash}",  # several may train one recipe at a time, with other seeds
         tracking_uri(),
