@@ -16,8 +16,10 @@ export RAY_USAGE_STATS_ENABLED=0
 # Nobody preempts this machine: one process less for every trial.
 export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
 
-if [ ! -d "$KNET_DATA/shapes" ]; then
-  knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0
+shapes=
+if [ ! -d "$KNET_DATA/shapes" ]; then  # beside the head's start
+  knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0 &
+  shapes=$!
 fi
 
 read -r dashboard agent client < <(python - <<'PY'
@@ -37,6 +39,7 @@ stop_head() {
   # A job lives in a session of its own: left alone, it would outlive its head.
   if [ "$status" -ne 0 ]; then ray job stop "$job" >/dev/null 2>&1 || true; fi
   kill -KILL -- "-$head" 2>/dev/null || true
+  if [ -n "$shapes" ]; then kill "$shapes" 2>/dev/null || true; fi
   wait "$head" 2>/dev/null || true
   if [ "$status" -eq 0 ]; then rm -rf "$session"; else echo "Ray's logs: $session" >&2; fi
 }
@@ -61,4 +64,5 @@ do
   sleep 0.2
 done
 
+if [ -n "$shapes" ]; then wait "$shapes"; fi
 ray job submit --log-style record --submission-id "$job" --working-dir . -- sweeps/stages.yaml --scale laptop "$@"
