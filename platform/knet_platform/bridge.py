@@ -229,6 +229,7 @@ class Bridge(ray.tune.Callback):
         self.waiting.discard(trial.hash)
         self.attempts[trial.hash] = attempt
         self._running.add(trial.hash)
+        self._gauges.begin(trial, attempt)
         self._governor.begin(trial.hash, time.monotonic())
         self._tracker.start_trial(TrialRun.of(trial), attempt)
         self._log_provenance(trial)
@@ -250,6 +251,7 @@ class Bridge(ray.tune.Callback):
             else:
                 self._tracker.log_picture(trial.hash, result["step"], png)
         if "step" in result:
+            self._gauges.reported(trial, result, saved=result["saved"])
             now = time.monotonic()
             self._governor.advance(trial.hash, result["step"], result["total"], now)
             moment = Moment(
@@ -296,6 +298,7 @@ class Bridge(ray.tune.Callback):
 
     def _leave(self, trial: Trial) -> None:
         self._running.discard(trial.hash)
+        self._gauges.end(trial)
         self._governor.end(trial.hash, time.monotonic())
 
     def _look(self, now: float) -> None:

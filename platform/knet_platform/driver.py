@@ -5,8 +5,7 @@ driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -20,7 +19,6 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from knet_core import KNetError
 from knet_platform.attempts import SupersededError, begin, is_pruned, may_go_on, verify
 from knet_platform.failures import Policy, cause_of
-from knet_platform.gauges import ToRay, TrialGauges
 from knet_platform.storage import Failure, Store, TrialResult, TrialStore
 from knet_platform.worker import hang_reports, train_worker
 
@@ -33,8 +31,6 @@ class TrialJob:
     """What a driver needs to know, in plain values: Tune writes them down as JSON."""
 
     trial_hash: str
-    labels: dict[str, str]
-    """What Prometheus knows the trial by: sweep, arm and seed."""
     recipe: dict[str, Any]
     data_fingerprint: str
     """Of the data set when the trial was planned."""
@@ -163,37 +159,29 @@ def _fit(
     from knet_platform.groups import Trainer
 
     store.delete(_RAYS_RECORD)
-    with closing(ToRay()) as to_ray:
-        gauges = TrialGauges(job.labels, attempt, to_ray)
-
-        def listen(report: Mapping[str, Any], saved: bool) -> None:
-            gauges.reported(report, saved=saved)
-            ray.tune.report(dict(report))
-
-        # Ray's annotations describe its version 1.
-        trainer: Any = Trainer(
-            job.workers,
-            train_worker,
-            on_report=listen,
-            train_loop_config={
-                **asdict(job),
-                "attempt": attempt,
-                "images_at_once": images_at_once,
-            },
-            scaling_config=scaling(job),
-            run_config=ray.train.RunConfig(
-                name=job.trial_hash,
-                storage_path=store.uri.rpartition("/")[0],
-                # Retries are decided above: Ray Train cannot tell a broken image from a broken
-                # node.
-                failure_config=ray.train.FailureConfig(
-                    max_failures=0,
-                    controller_failure_limit=0,  # type: ignore[call-arg]
-                    max_preemption_failures=0,
-                ),
+    # Ray's annotations describe its version 1.
+    trainer: Any = Trainer(
+        job.workers,
+        train_worker,
+        on_report=lambda report, saved: ray.tune.report({**report, "saved": saved}),
+        train_loop_config={
+            **asdict(job),
+            "attempt": attempt,
+            "images_at_once": images_at_once,
+        },
+        scaling_config=scaling(job),
+        run_config=ray.train.RunConfig(
+            name=job.trial_hash,
+            storage_path=store.uri.rpartition("/")[0],
+            # Retries are decided above: Ray Train cannot tell a broken image from a broken node.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]
+                max_preemption_failures=0,
             ),
-        )
-        device, finished = trainer.fit().return_value
+        ),
+    )
+    device, finished = trainer.fit().return_value
     return device, finished
 
 

@@ -82,8 +82,9 @@ SERIES: dict[str, Series] = {
     ),
 }
 
-Record = Callable[[str, float, dict[str, str]], None]
-"""Takes a name of `SERIES`, a value (of a counter: what is added) and the labels."""
+Record = Callable[[str, float | None, dict[str, str]], None]
+"""Takes a name of `SERIES`, a value (of a counter: what is added; None: not told any more) and the
+labels."""
 
 
 class ToRay:
@@ -100,13 +101,17 @@ class ToRay:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __call__(self, name: str, value: float, labels: dict[str, str]) -> None:
-        """Set a gauge, or add to a counter."""
+    def __call__(self, name: str, value: float | None, labels: dict[str, str]) -> None:
+        """Set a gauge or let it go, or add to a counter."""
+        key = name, tuple(labels.items())
         with self._lock:
+            if value is None:
+                self._latest.pop(key, None)
+                return
             if SERIES[name].is_counter:
                 self._of(name).inc(value, tags=labels)
                 return
-            self._latest[name, tuple(labels.items())] = value
+            self._latest[key] = value
             self._of(name).set(value, tags=labels)
         if self._thread is None:
             self._thread = threading.Thread(target=self._repeat, name="gauges", daemon=True)
@@ -144,14 +149,14 @@ _OF_A_POINT = {
 
 
 class TrialGauges:
-    """Tells how one attempt goes, from its driver: the process that hears of all its workers."""
+    """Tells how one attempt goes."""
 
-    def __init__(self, labels: Mapping[str, str], attempt: int, record: Record) -> None:
-        """Take the trial's labels: sweep, arm and seed."""
-        self._labels = dict(labels)
+    def __init__(self, trial: Trial, attempt: int, record: Record) -> None:
+        self._labels = labels_of(trial)
         self._attempt = attempt
         self._record = record
         self._saved: float | None = None
+        self._told: set[str] = set()
 
     def reported(self, report: Mapping[str, Any], *, saved: bool) -> None:
         """Take the first worker's report, and whether a checkpoint came with it."""
@@ -172,10 +177,16 @@ class TrialGauges:
                     values[name] = value * factor
         for name, value in values.items():
             self._record(name, value, self._labels)
+        self._told |= values.keys()
+
+    def close(self) -> None:
+        """Let everything go."""
+        for name in self._told:
+            self._record(name, None, self._labels)
 
 
 class SweepGauges:
-    """Tells how a sweep stands, from its own process."""
+    """Tells how a sweep stands and how its trials go, from its own process, which hears of all."""
 
     def __init__(self, sweep: Sweep, price: Price | None, record: Record) -> None:
         """Take the sweep, and what an hour of one trial costs."""
@@ -184,6 +195,22 @@ class SweepGauges:
         named = price is not None and (not price.assumed or sweep.budget.usd is not None)
         self._usd_per_hour = price.usd_per_hour if price and named else None
         self._record = record
+        self._under_way: dict[str, TrialGauges] = {}
+        """By trial hash."""
+
+    def begin(self, trial: Trial, attempt: int) -> None:
+        """Take that an attempt begins; nothing is told of it before it reports."""
+        self.end(trial)
+        self._under_way[trial.hash] = TrialGauges(trial, attempt, self._record)
+
+    def reported(self, trial: Trial, report: Mapping[str, Any], *, saved: bool) -> None:
+        """Take a report of the attempt under way, see `TrialGauges`."""
+        self._under_way[trial.hash].reported(report, saved=saved)
+
+    def end(self, trial: Trial) -> None:
+        """Let what is told of the attempt under way go, if there is one."""
+        if trial.hash in self._under_way:
+            self._under_way.pop(trial.hash).close()
 
     def evaluated(self, trial: Trial, value: float) -> None:
         """Take the sweep's metric as just measured."""

@@ -26,7 +26,7 @@ from knet_platform.budget import Governor, limit_seconds
 from knet_platform.cluster import HEAD, connected, release_abandoned, trial_slots
 from knet_platform.driver import TrialJob, run_trial
 from knet_platform.errors import InterruptedSweepError
-from knet_platform.gauges import State, SweepGauges, ToRay, labels_of
+from knet_platform.gauges import State, SweepGauges, ToRay
 from knet_platform.home import cache_folder, cache_gb
 from knet_platform.links import write_links
 from knet_platform.locks import sweep_lock
@@ -341,7 +341,6 @@ class _Tune:
             folder.write_schedule(recipe)
         job = TrialJob(
             trial_hash=trial.hash,
-            labels=labels_of(trial),
             recipe=with_absolute_root(recipe).to_dict(),
             data_fingerprint=provenance.data_fingerprint,
             cache={"folder": str(cache_folder()), "gb": cache_gb()},

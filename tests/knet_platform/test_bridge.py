@@ -73,7 +73,7 @@ class Played:
     def measure(self, name: str, step: int, ap: float) -> None:
         """Report an evaluation of a trial of 100 steps."""
         point = {"step": step, "time": 0.0, "metrics": {"val/AP": ap}}
-        self.report(name, step=step, total=100, points=[point])
+        self.report(name, step=step, total=100, points=[point], saved=False)
 
     def stopped(self) -> set[str]:
         """Return the trials that no driver may begin any more."""

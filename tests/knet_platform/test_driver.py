@@ -54,7 +54,7 @@ def test_a_controllers_failure_is_its_cause() -> None:
 
 def job_with(workers: list[int], gpus: float = 0) -> TrialJob:
     return TrialJob(
-        trial_hash="0123456789abcdef", labels={}, recipe={}, store_uri="", run_id="run",
+        trial_hash="0123456789abcdef", recipe={}, store_uri="", run_id="run",
         workers=workers, cpus_per_worker=2, gpus_per_worker=gpus, hang_minutes=0, retention={},
         most_evaluations=None, usd_per_worker_hour=None, data_fingerprint="", cache={},
     )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from knet_platform import attempts, gauges
 from knet_platform.bridge import Bridge
 from knet_platform.budget import Governor
-from knet_platform.gauges import SERIES, SweepGauges, ToRay, TrialGauges, labels_of
+from knet_platform.gauges import SERIES, SweepGauges, ToRay
 from knet_platform.planning import load_sweep
 from knet_platform.prices import Price
 from knet_platform.progress import PlainProgress
@@ -36,6 +36,7 @@ RECIPE = "data: {format: shapes, shapes: {num_train: 8, num_val: 4, size: 64}}\n
 PRICE = Price(
     usd_per_hour=36.0, trials_per_instance=1, gpu="A10G", gpu_memory_gb=24, basis="", assumed=False
 )
+OF_ATTEMPTS = {n for n in SERIES if n.startswith("knet_trial_")} - {"knet_trial_evaluation"}
 A0 = {"sweep": "s", "arm": "a=0.1", "seed": "0"}
 
 
@@ -45,9 +46,12 @@ class Recorded:
     def __init__(self) -> None:
         self.series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
 
-    def __call__(self, name: str, value: float, labels: dict[str, str]) -> None:
+    def __call__(self, name: str, value: float | None, labels: dict[str, str]) -> None:
         assert set(labels) == set(SERIES[name].labels)  # Ray refuses others
         key = (name, frozenset(labels.items()))
+        if value is None:
+            del self.series[key]
+            return
         before = self.series.get(key, 0.0) if SERIES[name].is_counter else 0.0
         self.series[key] = before + value
 
@@ -88,9 +92,9 @@ class Running:
         trial = SimpleNamespace(config={"job": {"trial_hash": self.trials[name].hash}})
         self.bridge.on_trial_result(1, [], cast("Any", trial), result)
 
-    def measure(self, name: str, step: int, ap: float) -> None:
-        point = {"step": step, "time": 0.0, "metrics": {"val/AP": ap}}
-        self.report(name, step=step, total=100, points=[point])
+    def measure(self, name: str, step: int, *, saved: bool = False, **metrics: float) -> None:
+        points = [{"step": step, "time": 0.0, "metrics": metrics}] if metrics else []
+        self.report(name, step=step, total=100, points=points, saved=saved)
 
     def states(self) -> dict[str, float]:
         self.bridge.on_experiment_end([])
@@ -100,18 +104,14 @@ class Running:
         return {state: count for state, count in found.items() if count}
 
 
-def report(step: int, **metrics: float) -> dict[str, Any]:
-    points = [{"step": step, "time": 0.0, "metrics": metrics}] if metrics else []
-    return {"step": step, "total": 100, "points": points}
-
-
-def test_an_attempt_says_how_it_goes_in_base_units() -> None:
-    recorded, before = Recorded(), time.time()
-    told = TrialGauges(A0, 2, recorded)
-    measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0, "val/AP": 0.1}
-    told.reported(report(7, **measured), saved=False)
-    values = {name.removeprefix("knet_trial_"): v for (name, _), v in recorded.series.items()}
-    assert {labels for _, labels in recorded.series} == {frozenset(A0.items())}
+def test_an_attempt_says_how_it_goes_in_base_units(sweep: Sweep, tmp_path: Path) -> None:
+    running, before = Running(sweep, tmp_path), time.time()
+    running.report("a=0.1/0", attempt=2)
+    measured = {"train/loss": 2.5, "sys/data_wait": 0.25, "sys/gpu_memory_gb": 3.0}
+    running.measure("a=0.1/0", 7, **measured)
+    told = {key: v for key, v in running.recorded.series.items() if key[0] in OF_ATTEMPTS}
+    assert {labels for _, labels in told} == {frozenset(A0.items())}
+    values = {name.removeprefix("knet_trial_"): v for (name, _), v in told.items()}
     moments = {values.pop(f"{what}_timestamp_seconds") for what in ("report", "checkpoint")}
     assert all(before <= moment <= time.time() for moment in moments)
     assert values == {
@@ -120,28 +120,43 @@ def test_an_attempt_says_how_it_goes_in_base_units() -> None:
     }  # fmt: skip
 
 
-def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost() -> None:
-    recorded = Recorded()
-    told = TrialGauges(A0, 1, recorded)
+def test_only_a_checkpoint_moves_the_moment_up_to_which_nothing_would_be_lost(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    running = Running(sweep, tmp_path)
+    running.report("a=0.1/0", attempt=1)
 
     def saved() -> float:
-        return recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
+        return running.recorded.value("knet_trial_checkpoint_timestamp_seconds", **A0)
 
-    told.reported(report(1), saved=False)
+    running.measure("a=0.1/0", 1)
     first = saved()
-    told.reported(report(2), saved=False)
+    running.measure("a=0.1/0", 2)
     assert saved() == first
-    told.reported(report(3), saved=True)
+    running.measure("a=0.1/0", 3, saved=True)
     assert saved() > first
 
 
-def test_a_report_without_points_keeps_what_was_measured() -> None:
-    recorded = Recorded()
-    told = TrialGauges(A0, 1, recorded)
-    told.reported(report(1, **{"train/loss": 2.0}), saved=False)
-    told.reported(report(2), saved=True)
-    assert recorded.value("knet_trial_loss", **A0) == 2.0
-    assert recorded.value("knet_trial_step", **A0) == 2
+def test_a_report_without_points_keeps_what_was_measured(sweep: Sweep, tmp_path: Path) -> None:
+    running = Running(sweep, tmp_path)
+    running.report("a=0.1/0", attempt=1)
+    running.measure("a=0.1/0", 1, **{"train/loss": 2.0})
+    running.measure("a=0.1/0", 2, saved=True)
+    assert running.recorded.value("knet_trial_loss", **A0) == 2.0
+    assert running.recorded.value("knet_trial_step", **A0) == 2
+
+
+def test_nothing_is_told_of_an_attempt_that_has_ended(sweep: Sweep, tmp_path: Path) -> None:
+    """The next one may have to wait for its workers, and says how it goes itself."""
+    running = Running(sweep, tmp_path)
+    running.report("a=0.1/0", attempt=1)
+    running.measure("a=0.1/0", 1, **{"train/loss": 2.0})
+    running.report("a=0.1/0", attempt=2)
+    assert not OF_ATTEMPTS & running.recorded.names()
+    running.measure("a=0.1/0", 1)
+    assert "knet_trial_loss" not in running.recorded.names()
+    running.report("a=0.1/0", outcome="finished")
+    assert not OF_ATTEMPTS & running.recorded.names()
 
 
 def test_a_sweep_counts_its_trials_by_state(sweep: Sweep, tmp_path: Path) -> None:
@@ -201,10 +216,7 @@ def test_earlier_runs_are_paid_for_too_and_retries_counted_by_cause(
 def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     sweep: Sweep, tmp_path: Path
 ) -> None:
-    """Prometheus scrapes at any time: one of each trial, and a dozen of each that is running.
-
-    Of the trials that have ended, the processes of their attempts took the series along.
-    """
+    """Prometheus scrapes at any time: one of each trial, and a dozen of each that is running."""
     first = sweep.trials[0]
     many = replace(
         sweep,
@@ -215,22 +227,18 @@ def test_a_sweep_of_a_thousand_trials_makes_about_a_thousand_series(
     running = Running(many, tmp_path)
     everything = {"train/loss", "sys/images_per_s", "sys/data_wait", "sys/host_memory_gb"}
     everything |= {"sys/gpu_memory_gb", "sys/gpu_utilization"}
-    attempts_record, most_of_an_attempt = Recorded(), 0
     for trial in many.trials:
         running.report(trial.name, attempt=1)
-        attempts_record.series.clear()  # another process
-        told = TrialGauges(labels_of(trial), 1, attempts_record)
         for step in range(10, 101, 10):
-            told.reported(report(step, **dict.fromkeys(everything, 1.0)), saved=False)
-            running.measure(trial.name, step, step / 100)
-        most_of_an_attempt = max(most_of_an_attempt, len(attempts_record.series))
+            metrics = {**dict.fromkeys(everything, 1.0), "val/AP": step / 100}
+            running.measure(trial.name, step, **metrics)
+        told = [name for name, _ in running.recorded.series if name in OF_ATTEMPTS]
+        assert len(told) == len(OF_ATTEMPTS) == 11
         running.report(trial.name, outcome="paused")
     for cause in ("preempted", "crash", "hang"):
         running.report(many.trials[0].name, retry="x", cause=cause)
     running.bridge.on_experiment_end([])
 
-    told_of_attempts = {name for name in SERIES if name.startswith("knet_trial_")}
-    assert most_of_an_attempt == len(told_of_attempts - {"knet_trial_evaluation"}) == 11
     by_name = Counter(name for name, _ in running.recorded.series)
     assert by_name.pop("knet_trial_evaluation") == 1000
     assert by_name.total() < 20
@@ -262,10 +270,14 @@ def test_gauges_are_repeated_until_closed_and_counters_are_not(
     record = ToRay()
     record("knet_sweep_retries", 1.0, {"sweep": "s", "cause": "hang"})
     record("knet_sweep_cost_usd", 2.0, {"sweep": "s"})
+    record("knet_sweep_gpu_seconds", 3.0, {"sweep": "s"})
+    record("knet_sweep_gpu_seconds", None, {"sweep": "s"})
+    let_go = list(record._of("knet_sweep_gpu_seconds").heard)
     gauge, counter = record._of("knet_sweep_cost_usd"), record._of("knet_sweep_retries")
     assert gauge.again.wait(10)
     record.close()
     assert set(gauge.heard) == {2.0}
+    assert record._of("knet_sweep_gpu_seconds").heard == let_go
     assert counter.heard == [1.0]
     assert not [thread for thread in threading.enumerate() if thread.name == "gauges"]
 

@@ -83,7 +83,7 @@ def scripted_group(
         if stopped or step == total:
             save(store, step, evaluations)
         point = {"step": step, "time": time, "metrics": {"val/AP": value}}
-        ray.tune.report({"step": step, "total": total, "points": [point]})
+        ray.tune.report({"step": step, "total": total, "points": [point], "saved": False})
         if stopped:
             return "cpu", step == total
     return "cpu", True
