@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from knet_platform import attempts
+from knet_platform import attempts, bridge
 from knet_platform.bridge import Bridge
 from knet_platform.budget import Governor
 from knet_platform.gauges import SweepGauges
@@ -131,13 +131,18 @@ def test_a_stopped_trial_has_a_reason_and_a_run_only_if_it_had_begun(played: Pla
     assert played.store.trial(played.trials["2/0"].hash).status() == "new"
 
 
-def test_a_driver_that_died_is_on_record_and_the_trial_goes_on(played: Played) -> None:
+def test_a_driver_that_died_is_on_record_and_the_trial_goes_on(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[bool] = []
+    monkeypatch.setattr(bridge, "release_abandoned", lambda: freed.append(True))
     played.report("1/0", attempt=1)
     trial = SimpleNamespace(config={"job": {"trial_hash": played.trials["1/0"].hash}})
     played.bridge.on_trial_recover(1, [], cast("Any", trial))
     store = played.store.trial(played.trials["1/0"].hash)
     assert [failure.cause for failure in store.failures()] == ["preempted"]
     assert store.failure() is None
+    assert freed, "else the next attempt might wait for its own workers' places"
 
 
 def test_a_screened_arm_is_told_to_save_and_its_run_says_where_it_was_pruned(
