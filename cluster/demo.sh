@@ -16,12 +16,6 @@ export RAY_USAGE_STATS_ENABLED=0
 # Nobody preempts this machine: one process less for every trial.
 export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
 
-shapes=
-if [ ! -d "$KNET_DATA/shapes" ]; then  # beside the head's start
-  knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0 &
-  shapes=$!
-fi
-
 read -r dashboard agent client < <(python - <<'PY'
 import socket
 sockets = [socket.socket() for _ in range(3)]
@@ -39,7 +33,6 @@ stop_head() {
   # A job lives in a session of its own: left alone, it would outlive its head.
   if [ "$status" -ne 0 ]; then ray job stop "$job" >/dev/null 2>&1 || true; fi
   kill -KILL -- "-$head" 2>/dev/null || true
-  if [ -n "$shapes" ]; then kill "$shapes" 2>/dev/null || true; fi
   wait "$head" 2>/dev/null || true
   if [ "$status" -eq 0 ]; then rm -rf "$session"; else echo "Ray's logs: $session" >&2; fi
 }
@@ -52,6 +45,9 @@ trap stop_head EXIT
 trap 'exit 130' INT TERM
 
 echo "Starting a Ray head on this machine (loopback, token authentication) ..."
+if [ ! -d "$KNET_DATA/shapes" ]; then  # while the head starts
+  knet data make-shapes "$KNET_DATA/shapes" --train 2000 --val 64 --size 96 --seed 0
+fi
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
 # The same question as `ray job list`, which would load Ray each time.
 until python - 2>/dev/null <<'PY'
@@ -64,5 +60,4 @@ do
   sleep 0.2
 done
 
-if [ -n "$shapes" ]; then wait "$shapes"; fi
 ray job submit --log-style record --submission-id "$job" --working-dir . -- sweeps/stages.yaml --scale laptop "$@"
