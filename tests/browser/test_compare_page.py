@@ -145,7 +145,9 @@ def shows_what_differs(browser: webdriver.Chrome) -> None:
     # The page keeps headings and values apart; metrics are in the order of their names.
     headings, values = ["train/loss", "val/AP"], ["0.017", "0.017", "0.218", "0.341"]
     assert appears(browser, METRICS).text.split() == headings + values
-    # What differs is chosen for the plot, and what does not can be hidden.
+    # What differs is the first parameter and chosen for the plot; what does not can be hidden.
+    first = appears(browser, "//tr[./*[1][normalize-space()='arm.model.stages']]")
+    assert not first.find_elements(By.XPATH, "./preceding-sibling::tr[./*[1]!='']")
     appears(browser, "//*[contains(@class, 'selection-item') and text()='model.stages']")
     appears(browser, "//*[text()='Show diff only']/preceding::button[1]").click()
     gone = (By.XPATH, "//tr[.//*[text()='model.backbone.frozen_stages']]")

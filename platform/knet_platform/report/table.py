@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from knet_platform.differences import Differences, differences
 from knet_platform.links import Link, read_links
 from knet_platform.metrics import MetricInfo, find_metric
 from knet_platform.population import schedule_notes
-from knet_platform.report.differences import Differences, differences
 from knet_platform.report.pictures import Sheet, contact_sheets
 from knet_platform.report.statistics import Difference, Trend, difference, mean_and_ci, trend
 from knet_platform.report.trials import TrialLine, read_trials

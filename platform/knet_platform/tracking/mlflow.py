@@ -45,6 +45,8 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 """Where `knet ui` serves a local store."""
 _BATCH = 1000
 """Most metrics that MLflow takes in one call."""
+_MOST_PARAMS = 100
+"""Most parameters that it takes in one."""
 _LONGEST = 500
 """Characters of a tag or parameter that every MLflow store takes."""
 _TIMEOUT = "20"
@@ -107,12 +109,22 @@ class MLflowTracker:
                 )
             self._know(trial.hash, run)
             run_id = run.info.run_id
-            if not run.data.params:  # else logged before; MLflow's params never change
-                params = [Param(name, value[:_LONGEST]) for name, value in trial.params.items()]
-                self._client.log_batch(run_id, params=params)
+            # The page sorts params by name: what differs between arms comes first once more.
+            differ = {
+                f"arm.{key}": trial.params[key]
+                for key in self._sweep.varied
+                if key in trial.params
+            }
+            params = [
+                Param(name, value[:_LONGEST])
+                for name, value in (differ | trial.params).items()
+                if name not in run.data.params  # which never change
+            ]
             now = {"attempt": str(attempt), "git_sha": self._sweep.git_sha, "status_reason": ""}
             tags = [RunTag(key, value) for key, value in now.items()]
-            self._client.log_batch(run_id, tags=tags)
+            self._client.log_batch(run_id, params=params[:_MOST_PARAMS], tags=tags)
+            for start in range(_MOST_PARAMS, len(params), _MOST_PARAMS):
+                self._client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
             self._client.update_run(run_id, status="RUNNING")
 
     def log_points(self, trial_hash: str, points: Sequence[PointLike]) -> None:

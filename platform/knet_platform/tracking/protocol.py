@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from knet_platform.config import flatten
+from knet_platform.differences import differences
 from knet_platform.errors import TrackingError
 from knet_platform.source import git_sha
 from knet_platform.storage import TrialStore
@@ -29,21 +30,26 @@ class SweepRun:
     git_sha: str
     trials: tuple[str, ...]
     """Hashes in the sweep's order."""
+    varied: tuple[str, ...] = ()
+    """Keys of the recipe that differ between arms, or that the search varies."""
 
     @classmethod
     def of(cls, sweep: Sweep) -> "SweepRun":
         """Describe a sweep that runs with the code in use."""
+        searched = sweep.search.spec.space if sweep.search else ()
         return cls(
             name=sweep.name,
             baseline=sweep.baseline,
             git_sha=git_sha(),
             trials=tuple(trial.hash for trial in sweep.trials),
+            varied=tuple(dict.fromkeys([*differences(sweep).keys, *searched])),
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SweepRun":
         """Return what `dataclasses.asdict` and JSON made of one."""
-        return cls(**{**values, "trials": tuple(values["trials"])})
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

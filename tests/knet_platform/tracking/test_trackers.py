@@ -260,9 +260,22 @@ class MLflowContract(TrackerContract):
             "attempt": "2",
             "status_reason": "no such image",
         }
-        assert child.data.params["model.stages"] == "1"
+        assert min(child.data.params) == "arm.model.stages", "what differs between arms is first"
+        assert child.data.params["arm.model.stages"] == child.data.params["model.stages"] == "1"
         assert child.data.params["model.backbone.name"] == "resnet50.tv_in1k"
         assert client.list_artifacts(parent.info.run_id, "report")[0].path == "report/index.html"
+
+    def test_an_arm_that_is_added_later_adds_to_what_differs(self, tracker, sweep) -> None:
+        trial = sweep.trial
+        tracker.start_sweep(sweep.run)
+        tracker.start_trial(trial, 1)
+        many = tuple(trial.params)  # more, with the recipe, than MLflow takes at once
+        second = self.successor(tracker)
+        second.start_sweep(replace(sweep.run, varied=many))
+        second.start_trial(trial, 2)
+        client, run = self.client(tracker, trial.hash)
+        expected = {f"arm.{key}": value for key, value in trial.params.items()} | trial.params
+        assert client.get_run(run).data.params == expected
 
     def test_a_run_that_a_late_answer_doubled_is_one_again(self, tracker, sweep) -> None:
         """A server may carry out a request that nobody waits for, after its repetition."""
