@@ -32,7 +32,7 @@ AWAY_SECONDS = 5.0
 BETWEEN_SECONDS = (20.0, 50.0)
 CPUS = 5
 """Of a worker, and of a node; more than the head has."""
-TRIALS_PER_MINUTE = 1.5
+TRIALS_PER_MINUTE = 2.5
 """That three nodes manage about, deaths included."""
 RECIPE = f"""\
 base: {ROOT}/tests/tiny_recipe.yaml

@@ -23,11 +23,12 @@ def differences(sweep: Sweep) -> Differences:
         trial.arm: {key: json.dumps(value) for key, value in flatten(trial.recipe.to_dict())}
         for trial in sweep.trials
     }
-    found: dict[str, set[str]] = {}
-    for values in recipes.values():
-        for key in values:
-            found[key] = {recipe.get(key, "") for recipe in recipes.values()}
-    keys = tuple(key for key, values in found.items() if len(values) > 1 and key != "seed")
+    every = dict.fromkeys(key for values in recipes.values() for key in values)
+    keys = tuple(
+        key
+        for key in every
+        if key != "seed" and len({recipe.get(key, "") for recipe in recipes.values()}) > 1
+    )
     return Differences(
         keys=keys,
         values={arm: tuple(recipes[arm].get(key, "") for key in keys) for arm in sweep.arms},

@@ -1,4 +1,7 @@
-"""An elastic trial on two nodes, one of which dies in mid-run, beside another that goes on."""
+"""An elastic trial on two nodes: one dies in mid-run, and another has room later on.
+
+Another trial goes on beside it.
+"""
 
 import os
 import subprocess
@@ -10,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.util
 from mlflow import MlflowClient
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 
 from knet_core.checkpoint_state import RECIPE_FILE, dump_recipe
 from knet_platform.cli.main import main
@@ -23,8 +30,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "tiny_recipe.yaml"
-STEPS, INTERVAL = 12, 4
-SAVED = 2 * INTERVAL
+STEPS, INTERVAL = 16, 4
+SAVED, GROWN = 2 * INTERVAL, 3 * INTERVAL
 RECIPE = f"""\
 base: {TINY}
 model: {{backbone: {{name: test_resnet}}, stages: 1}}
@@ -81,6 +88,17 @@ def reserved() -> list[list[str]]:
     return [list(group["bundles_to_node_id"].values()) for group in held]
 
 
+def room_is_set_aside() -> bool:
+    """Return whether Ray's coordinator has reserved something beyond the least of a trial."""
+
+    def reservations(coordinator: Any) -> dict[str, Any]:
+        asked = coordinator._ongoing_reqs.items()
+        return {name: request.reserved_resources for name, request in asked}
+
+    found = ray.get(get_or_create_autoscaling_coordinator().__ray_call__.remote(reservations))
+    return any(nodes for name, nodes in found.items() if name.endswith("-further"))
+
+
 def without_ray(trial: Trial, folder: Path, parts: list[tuple[int, int, int]]) -> None:
     """Train on this machine: in each part so many workers from one step to another."""
     folder.mkdir()
@@ -97,7 +115,7 @@ def without_ray(trial: Trial, folder: Path, parts: list[tuple[int, int, int]]) -
         assert [process.wait(timeout=300) for process in processes] == [0] * workers
 
 
-def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_others_do_not_notice(
+def test_a_trial_goes_on_with_fewer_workers_when_a_node_dies_and_with_more_when_there_is_room(
     cluster: Any,
     add_nodes: Callable[..., dict[str, Any]],
     wait_for: Callable[..., Any],
@@ -119,7 +137,7 @@ def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_other
         for trial in load_sweep(tmp_path / "sweep.yaml").trials
     ]
     for item in watched:
-        item.hold(SAVED + 1)  # past every checkpoint but the last: no group grows
+        item.hold(SAVED + 1)
 
     def take_a_node_away() -> tuple[Watched, Watched, list[list[str]]]:
         """Return the trial it had, the other one, and where both were."""
@@ -133,9 +151,10 @@ def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_other
         lost = next(iter(nodes.keys() - elsewhere))
         cluster.remove_node(nodes[lost], allow_graceful=False)
         wait_for(lambda: large.workers == [4, 2])
-        large.release()
-        wait_for(lambda: large.store.result())
         small.release()  # was in mid-run all the time
+        wait_for(lambda: small.store.result())
+        wait_for(room_is_set_aside)
+        large.release()
         return large, small, places
 
     with ThreadPoolExecutor(1) as pool:
@@ -152,7 +171,7 @@ def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_other
 
     failures = [(item.cause, item.action, item.attempt) for item in large.store.failures()]
     assert failures == [("preempted", f"retried from step {SAVED}", 1)]
-    assert (large.workers, small.workers) == ([4, 2], [2])
+    assert (large.workers, small.workers) == ([4, 2, 4], [2])
     assert small.store.failures() == ()
 
     client = MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db")
@@ -168,9 +187,11 @@ def test_a_trial_on_two_nodes_goes_on_with_fewer_workers_when_one_dies_and_other
         assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
     table = (tmp_path / "home" / "reports" / "elastic" / "table.md").read_text()
-    assert f"flagged: {large.trial.name}: elastic, trained with 4, then 2 workers" in table
+    assert f"flagged: {large.trial.name}: elastic, trained with 4, then 2, then 4 workers" in table
 
     # The same numbers of workers on one machine, without Ray and without a break.
-    without_ray(large.trial, tmp_path / "alone", [(4, 0, SAVED), (2, SAVED, STEPS)])
+    without_ray(
+        large.trial, tmp_path / "alone", [(4, 0, SAVED), (2, SAVED, GROWN), (4, GROWN, STEPS)]
+    )
     weights = f"checkpoint_{STEPS}/model.safetensors"
     assert large.store.read_bytes(weights) == (tmp_path / "alone" / weights).read_bytes()

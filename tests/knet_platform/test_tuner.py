@@ -413,8 +413,7 @@ def test_a_trial_that_is_told_to_stop_saves_and_goes_on_later(
     screen = "scheduler: {name: asha, grace: 0.2, reduction_factor: 2}\n"
     arms = 'arms:\n  "2": {}\n  hopeless: {model.stages: 1, optim.lr: 1.0e-12}\n'
     head = SWEEP.partition("arms:")[0].replace("name: tiny", "name: told")
-    resources = "resources: {workers: 2}\n"
-    path.write_text(head + arms + resources + screen)
+    path.write_text(head + arms + screen)
     long = ["train.iterations=40", "train.eval_every=10", "train.log_every=5"]
     good, hopeless = (trial.hash for trial in load_sweep(path, overrides=long).trials)
     best = Evaluation(step=10, time=0.0, metrics={"val/AP": 1.0})
@@ -433,7 +432,7 @@ def test_a_trial_that_is_told_to_stop_saves_and_goes_on_later(
     assert store.result() is None
 
     pause.write_text("0")
-    path.write_text(head + arms + resources)
+    path.write_text(head + arms)
     assert main(["run", str(path), *long]) == 0
     result = store.result()
     assert result is not None
