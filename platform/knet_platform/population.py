@@ -106,7 +106,8 @@ class Population:
         """End the round under way and return the copies; None if that cannot be.
 
         That is where members are not there yet, all are finished, or all have failed. A member
-        that failed, or measured nothing, is neither copied nor replaced.
+        that failed, or measured nothing, is neither copied nor replaced; one that is no worse than
+        the best keeps its own.
 
         Raises:
             StorageError: The store cannot be read or written.
@@ -127,15 +128,13 @@ class Population:
         standing.sort(reverse=self._metric.mode == "max")
         count = min(len(standing) // 2, max(1, round(len(standing) * self._pbt.quantile)))
         chance = random.Random(f"{self._id} {self._pbt.seed} {len(self._rounds)}")
-        copies = [
-            Copy(
-                member=member,
-                source=chance.choice(standing[:count])[1],
-                step=step,
-                factor=chance.choice((self._pbt.factor, 1 / self._pbt.factor)),
-            )
-            for _, member, step in standing[len(standing) - count :]
-        ]
+        copies: list[Copy] = []
+        for value, member, step in standing[len(standing) - count :]:
+            better = [source for best, source, _ in standing[:count] if best != value]
+            if better:
+                source = chance.choice(better)
+                factor = chance.choice((self._pbt.factor, 1 / self._pbt.factor))
+                copies.append(Copy(member=member, source=source, step=step, factor=factor))
         self._rounds.append(copies)
         content = [[asdict(copy) for copy in copies] for copies in self._rounds]
         self._folder.write_bytes(_FILE, json.dumps(content, indent=1).encode())

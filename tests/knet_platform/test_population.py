@@ -142,6 +142,14 @@ def test_a_population_that_was_killed_carries_its_copies_out_and_decides_the_sam
     assert "good at step 20" in note
 
 
+def test_a_member_that_is_no_worse_than_the_best_keeps_its_own(load, store, reach):
+    reach(10, dict.fromkeys(AT_TEN, 0.0))
+    population = Population(load(), store)
+    assert population.judge() == []
+    assert population.evaluations == 2
+    assert population.recipes() == {h: trial.recipe for h, trial in population.members.items()}
+
+
 def test_what_a_member_follows_is_a_recipe_like_any_other(load, store, reach, tmp_path):
     reach(10, AT_TEN)
     population = Population(load(), store)
