@@ -214,6 +214,22 @@ def ray_cluster(cluster: "Cluster") -> str:
     return f"http://{cluster.webui_url}"
 
 
+@pytest.fixture
+def add_nodes(cluster: "Cluster") -> Iterator[Callable[..., dict[str, Any]]]:
+    """Return what adds nodes to the cluster and gives them by id; they go when the test ends."""
+    added: list[Any] = []
+
+    def add(count: int, **options: Any) -> dict[str, Any]:
+        new = [cluster.add_node(**options) for _ in range(count)]
+        added.extend(new)
+        return {node.node_id: node for node in new}
+
+    yield add
+    for node in added:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+
 @pytest.fixture(scope="session")
 def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one MLflow store for all tests: making its tables takes seconds."""

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
 from knet_platform.cli.ui import free_port
 from knet_platform.errors import CapacityError, UsageError
-from knet_platform.gauges import ToRay
+from knet_platform.gauges import ToRay, TrialGauges
 from knet_platform.identity import trial_hash
 from knet_platform.links import read_links
 from knet_platform.planning import load_sweep
@@ -38,6 +39,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+DRIVER = Path(__file__).parents[1] / "nvml" / "libnvidia-ml.c"
 RECIPE = f"""\
 base: {TINY}
 train: {{iterations: 6, batch_size: 4, log_every: 1, eval_every: 3}}
@@ -236,6 +238,46 @@ def test_every_rule_finds_the_series_that_it_is_made_from(
     }
     missing = {"ray_knet_sweep_retries_total", "ray_node_gpus_utilization"} | empty
     assert used - known <= missing
+
+
+def test_what_needs_a_gpu_is_shown_where_there_is_one(
+    done: Done,
+    prometheus: Prometheus,
+    add_nodes: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Of a node whose driver is a stand-in, and of a trial that reports as on a GPU.
+
+    After the tests above, which find that there is none.
+    """
+    library = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libnvidia-ml.so.1"), str(DRIVER)]
+    subprocess.run(library, check=True)
+    add_nodes(1, num_cpus=0, num_gpus=1, env_vars={"LD_LIBRARY_PATH": str(tmp_path)})
+    trial = replace(done.sweep.trials[0], sweep="on_gpu")
+    measured = {"sys/gpu_memory_gb": 2.5, "sys/gpu_utilization": 0.75}
+    report = {"step": 1, "total": 6, "points": [{"metrics": measured}]}
+    values = {"sweep": trial.sweep, "arm": trial.arm, "seed": str(trial.seed), "__range": "60s"}
+    with closing(ToRay()) as record:
+        TrialGauges(trial, 1, record).reported(report, saved=False)
+        found = {
+            f"{title} {target['refId']}": prometheus.wait_for(filled(target["expr"], values))
+            for title, panel in panels().items()
+            for target in panel["targets"]
+            if panel["description"].startswith("Needs a GPU")
+        }
+    shown = {
+        title: [float(item["value"][1]) for item in series] for title, series in found.items()
+    }
+    assert shown == {
+        "K-Net: one trial: GPU memory A": [2.5e9],
+        "K-Net: one trial: GPU busy A": [0.75],
+        "K-Net: cluster and cost: GPUs held by trials A": [0],
+        "K-Net: cluster and cost: GPUs held by trials B": [1],
+        "K-Net: cluster and cost: GPUs busy A": [37],
+        "K-Net: cluster and cost: GPUs held and idle A": [0],
+        "K-Net: cluster and cost: GPU memory in use A": [3 * 2**30],
+        "K-Net: data pipeline: GPU busy A": [0.75],
+    }
 
 
 def test_a_label_with_quotes_and_html_arrives_as_it_is(done: Done, prometheus: Prometheus) -> None:
