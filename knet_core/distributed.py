@@ -55,6 +55,16 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> None:
     convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
+def take_buffers_of_zero(model: nn.Module) -> None:
+    """Give every worker the first one's buffers, which a checkpoint holds.
+
+    Batch normalisation counts its running statistics on each worker by itself.
+    """
+    if world_size() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)
+
+
 def gather_on_zero(value: T) -> list[T]:
     """Return every worker's value in order of rank, on the first worker; nothing on the others."""
     if world_size() == 1:

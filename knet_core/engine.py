@@ -25,7 +25,13 @@ from knet_core.checkpoint_manifest import verify_checkpoint
 from knet_core.checkpoint_state import CheckpointState, read_state
 from knet_core.config import Recipe
 from knet_core.data import SegmentationDataset, build_dataset, train_loader
-from knet_core.distributed import gather_on_zero, on_rank_zero, rank, world_size
+from knet_core.distributed import (
+    gather_on_zero,
+    on_rank_zero,
+    rank,
+    take_buffers_of_zero,
+    world_size,
+)
 from knet_core.errors import CheckpointError, TrainingMemoryError
 from knet_core.evaluation import MemoryLimit, evaluate, measure_fps, stage_picture
 from knet_core.inference import keep_freed_memory
@@ -330,6 +336,7 @@ class _Run:
         """Return the batch to which memory limited it, and the picture."""
         config = self._recipe.eval
         model = self._trainer.model
+        take_buffers_of_zero(model)
         metrics, picture = evaluate(
             model,
             self._val_set,

@@ -91,7 +91,8 @@ class Trainer:
         if images_at_once is not None:
             self._replica = InPieces(self.model, images_at_once)
         if world_size() > 1:
-            self._replica = DistributedDataParallel(self._replica)
+            # Steps do not read running statistics; who does shares them (`take_buffers_of_zero`).
+            self._replica = DistributedDataParallel(self._replica, broadcast_buffers=False)
         self._network: Callable[[Tensor], KNetOutput] = self._replica
         if recipe.train.compile:
             self._network = torch.compile(self._replica)

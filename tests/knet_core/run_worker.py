@@ -17,6 +17,7 @@ from knet_core import (
     KNetError,
     build_dataset,
     build_model,
+    engine,
     fit,
     load_model,
     mean_activations,
@@ -66,6 +67,22 @@ def activations(recipe, checkpoint):
     dataset = build_dataset(recipe.data, "val", seed=0)
     maps = mean_activations(load_model(checkpoint), dataset, device=torch.device("cpu"))
     return [maps.mean().item(), maps.std().item(), maps.max().item()]
+
+
+def statistics_in_evaluation(recipe, folder):
+    """Return sums of the buffers that each evaluation of a run found; they train with weights."""
+    backbone = dataclasses.replace(recipe.model.backbone, frozen_stages=0, norm_eval=False)
+    model = dataclasses.replace(recipe.model, backbone=backbone)
+    found = []
+
+    def watched(model, *arguments, **options):
+        found.append([buffer.double().sum().item() for buffer in model.buffers()])
+        return evaluate(model, *arguments, **options)
+
+    evaluate, engine.evaluate = engine.evaluate, watched
+    fit(dataclasses.replace(recipe, model=model), output_dir=folder)
+    engine.evaluate = evaluate
+    return found
 
 
 def nan_on_the_second_worker(recipe, folder, rank):
@@ -124,6 +141,7 @@ def main(rank, world_size, folder):
         "shared_error": error_of(lambda: on_rank_zero(fails_on_the_first_worker)),
         "synchronised": synchronised_on_a_cpu(recipe, folder / "synchronised"),
         "activations": activations(recipe, folder / "whole" / "checkpoint_4"),
+        "statistics": statistics_in_evaluation(recipe, folder / "statistics"),
         "nan": nan_on_the_second_worker(recipe, folder, rank),
     }
     (folder / f"result{rank}.json").write_text(json.dumps(results))

@@ -116,6 +116,12 @@ def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
         assert worker["interrupted"]["losses"] == worker["whole"]["losses"][:2]
         assert worker["resumed"]["losses"] == worker["whole"]["losses"][2:]
 
+    # All evaluate the model that the first one saves, running statistics included.
+    saved = load_model(tmp_path / "statistics" / "checkpoint_4")
+    assert workers[0]["statistics"] == workers[1]["statistics"]
+    assert workers[0]["statistics"][-1] == [b.double().sum().item() for b in saved.buffers()]
+    assert workers[0]["statistics"][0] != workers[0]["statistics"][1]
+
     assert [worker["mean"] for worker in workers] == [[0.5, 1.0]] * 2
     assert [worker["gathered"] for worker in workers] == [[{"rank": 0}, {"rank": 1}], []]
     assert [worker["shared"] for worker in workers] == ["from 0"] * 2
