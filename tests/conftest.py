@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,31 @@ def real_data() -> Path:
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder where tests order faults of the cluster's workers (`faults/sitecustomize.py`)."""
     return tmp_path_factory.mktemp("ordered")
+
+
+@pytest.fixture(scope="session")
+def make_home(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path, pytest.MonkeyPatch], Path]:
+    """Return what makes `home` in a folder the state folder, with all else in its place.
+
+    MLflow's tables are there: making them takes more than a second.
+    """
+    from mlflow import MlflowClient
+
+    empty = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    MlflowClient(f"sqlite:///{empty}").search_experiments(max_results=1)
+
+    def make(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+        home = folder / "home"
+        home.mkdir()
+        shutil.copy(empty, home)
+        patch.setenv("KNET_HOME", str(home))
+        for name in ("KNET_STORAGE", "KNET_DATA", "KNET_CACHE", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        return home
+
+    return make
 
 
 class Process:

@@ -1,6 +1,6 @@
-"""One worker of a run without Ray: gloo on one machine, from a checkpoint or the beginning.
+"""A run without Ray: gloo on one machine, in parts with different numbers of workers.
 
-Usage: run_group.py RANK WORLD_SIZE FOLDER FROM TO, the steps; FOLDER holds recipe.yaml.
+Usage: run_group.py FOLDER WORKERS:FROM:TO..., the steps; FOLDER holds recipe.yaml.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, multiprocessing
 
 from knet_core import fit
 from knet_core.checkpoint_state import load_recipe
@@ -25,7 +25,7 @@ class Stop:
             raise InterruptedError
 
 
-def main(rank, world_size, folder, start, stop):
+def work(rank, world_size, folder, start, stop):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{start}", rank=rank, world_size=world_size
@@ -41,4 +41,9 @@ def main(rank, world_size, folder, start, stop):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
+    folder = Path(sys.argv[1])
+    for part in sys.argv[2:]:
+        workers, start, stop = map(int, part.split(":"))
+        # Forked, so that what takes seconds to import is imported once.
+        arguments = (workers, folder, start, stop)
+        multiprocessing.start_processes(work, arguments, nprocs=workers, start_method="fork")

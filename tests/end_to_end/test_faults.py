@@ -1,6 +1,7 @@
 """Every class of failures, injected into real trials of a real cluster, and what follows."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,16 +77,16 @@ class Done:
         }
 
 
-def run(folder: Path, sweep_file: str, faults: Path | None = None) -> Done:
+def run(
+    folder: Path, sweep_file: str, make_home: Callable[..., Path], faults: Path | None = None
+) -> Done:
     sweep = load_sweep(folder / sweep_file)
     for trial in sweep.trials if faults else ():
         for fault, value in FAULTS[trial.arm].items():
             (faults / trial.hash).mkdir(exist_ok=True)
             (faults / trial.hash / fault).write_text(str(value))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KNET_HOME", str(folder / "home"))
-        for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
+        make_home(folder, patch)
         code = main(["run", str(folder / sweep_file)])
     client = MlflowClient(f"sqlite:///{folder}/home/mlflow.db")
     experiment = client.get_experiment_by_name(sweep.name)
@@ -102,11 +103,16 @@ def run(folder: Path, sweep_file: str, faults: Path | None = None) -> Done:
 
 
 @pytest.fixture(scope="module")
-def done(ray_cluster: str, faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def done(
+    ray_cluster: str,
+    faults: Path,
+    make_home: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Done:
     folder = tmp_path_factory.mktemp("faults")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "faults.yaml").write_text(SWEEP)
-    return run(folder, "faults.yaml", faults)
+    return run(folder, "faults.yaml", make_home, faults)
 
 
 def learnt(store: TrialStore) -> dict[str, float]:
@@ -226,12 +232,12 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def test_an_image_that_cannot_be_read_stops_every_trial_of_its_data(
-    ray_cluster: str, photographs: Path
+    ray_cluster: str, photographs: Path, make_home: Callable[..., Path]
 ) -> None:
     broken = min((photographs / "shapes" / "train").iterdir())
     broken.write_bytes(broken.read_bytes()[:100])
     (photographs / "unusable.yaml").write_text(UNUSABLE)
-    done = run(photographs, "unusable.yaml")
+    done = run(photographs, "unusable.yaml", make_home)
     assert done.code == 3
     assert done.attempts() == {"good/0": "1"}
     spoilt = done.trial("good/0").failure()

@@ -1,6 +1,7 @@
 """The sweep of the README on photographs: COCO's eighty classes, and crowded microscope images."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -41,12 +42,10 @@ def test_a_sweep_trains_on_real_images(
     real_data: Path,
     ray_cluster: str,
     tmp_path: Path,
+    make_home: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    home = tmp_path / "home"
-    monkeypatch.setenv("KNET_HOME", str(home))
-    for name in ("KNET_STORAGE", "KNET_DATA", "KNET_CACHE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+    home = make_home(tmp_path, monkeypatch)
     file = tmp_path / "photographs.yaml"
     file.write_text(SWEEP)
     laptop = (ROOT / "sweeps" / "scales" / "laptop.yaml").read_text()

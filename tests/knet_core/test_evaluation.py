@@ -1,4 +1,3 @@
-import contextlib
 import io
 import json
 import os
@@ -171,34 +170,18 @@ def test_speed_is_measured_in_evaluation_mode_without_random_numbers(dataset, ti
     assert torch.equal(torch.get_rng_state(), before)
 
 
-WORKER = Path(__file__).with_name("score_worker.py")
-
-
-def start(stack, world_size, num_images, folder):
-    """Start so many workers over gloo; return what waits for them and reads what they wrote."""
-    folder.mkdir()
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(world_size):
-        numbers = [str(rank), str(world_size), str(folder), str(num_images)]
-        process = subprocess.Popen([sys.executable, str(WORKER), *numbers], env=environment)
-        processes.append(stack.enter_context(process))
-        stack.callback(process.kill)  # before it is waited for; a worker may wait for ever
-
-    def results():
-        assert [process.wait(timeout=200) for process in processes] == [0] * world_size
-        files = [folder / f"result{rank}.json" for rank in range(world_size)]
-        return [json.loads(file.read_text()) for file in files]
-
-    return results
+WORKERS = Path(__file__).with_name("score_workers.py")
 
 
 def test_two_workers_score_every_image_once_and_the_same_to_the_bit(tmp_path):
-    with contextlib.ExitStack() as stack:
-        one = start(stack, 1, 5, tmp_path / "one")
-        two = start(stack, 2, 5, tmp_path / "two")  # three images and two
-        (alone,), workers = one(), two()
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKERS), str(tmp_path), "5"]  # two have three images and two
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    alone, *workers = (
+        json.loads((tmp_path / f"worker{name}.json").read_text())
+        for name in ("0_of_1", "0_of_2", "1_of_2")
+    )
     for task, (name, _) in TASKS.items():
         assert 0.05 < alone[task]["metrics"][name] < 0.95
         for worker in workers:

@@ -7,6 +7,7 @@ here begins and ends outside of it. What the group does is tested in `end_to_end
 import io
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -145,11 +146,11 @@ class Scripted:
 
 
 @pytest.fixture
-def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+def scripted(
+    tmp_path: Path, make_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Scripted:
     found = Scripted(tmp_path)
-    monkeypatch.setenv("KNET_HOME", str(tmp_path / "home"))
-    for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+    make_home(tmp_path, monkeypatch)
     monkeypatch.setattr(tuner, "run_sweep", partial(tuner.run_sweep, trainable=scripted_trial))
     monkeypatch.setattr(bridge, "time", found.clock)
 

@@ -53,7 +53,7 @@ baseline: "2"
 arms:
   "1": {model.stages: 1}
   "2": {model.stages: 2}
-resources: {workers: 2}
+resources: {workers: 1}
 """
 BUDGET = "budget: {usd: 1000, gpu_hours: 1000}\n"
 BROKEN_ARM = "  broken: {model.backbone.checkpoint: FOLDER/damaged.safetensors}\n"
@@ -151,7 +151,11 @@ def prometheus(
 
 @pytest.fixture(scope="module")
 def done(
-    ray_cluster: str, prometheus: Prometheus, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: str,
+    prometheus: Prometheus,
+    faults: Path,
+    make_home: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Done]:
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -161,14 +165,15 @@ def done(
     (folder / "broken.yaml").write_text(
         SWEEP.replace("resources:", broken + "resources:") + BUDGET
     )
+    sweep = load_sweep(folder / "tiny.yaml")
+    for trial in sweep.trials:  # Prometheus is to see them several times
+        (faults / trial.hash).mkdir()
+        (faults / trial.hash / "pause").write_text("1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KNET_HOME", str(folder / "home"))
-        for name in ("KNET_STORAGE", "KNET_DATA", "MLFLOW_TRACKING_URI"):
-            patch.delenv(name, raising=False)
+        make_home(folder, patch)
         with redirect_stdout(io.StringIO()) as output:
             code = main(["run", str(folder / "broken.yaml"), "--json"])
         outcome = json.loads(output.getvalue())
-        sweep = load_sweep(folder / "tiny.yaml")
         yield Done(folder=folder, sweep=sweep, code=code, outcome=outcome, cluster=ray_cluster)
 
 
@@ -211,7 +216,8 @@ def test_every_panel_of_the_dashboards_shows_what_the_sweep_measured(
     result = done.store.trial(done.sweep.trials[0].hash).result()
     assert result is not None
     (steps,) = found["K-Net: one trial: Steps A"]
-    assert steps["values"][-1][1] == "6"
+    seen = {value for _, value in steps["values"]}
+    assert {"3"} <= seen <= {"3", "6"}  # the last report may be gone before the next scrape
     (evaluated,) = found["K-Net: one trial: Evaluation A"]
     assert float(evaluated["values"][-1][1]) == pytest.approx(result.metrics["val/AP"])
     arms = {item["metric"]["arm"] for item in found["K-Net: sweep: Arms A"]}
@@ -296,7 +302,7 @@ def test_every_trial_records_what_it_was_made_from(done: Done) -> None:
         assert provenance is not None
         recipe = Recipe.from_dict(provenance.recipe)
         assert trial_hash(recipe, provenance.data_fingerprint) == trial.hash
-        assert (provenance.workers, provenance.threads) == (2, 1)
+        assert (provenance.workers, provenance.threads) == (1, 1)
         assert provenance.accelerator is None  # this cluster has CPUs only
         run_id = done.runs()[trial.name].info.run_id
         client = MlflowClient(f"sqlite:///{done.home}/mlflow.db")
@@ -343,7 +349,7 @@ def test_results_checkpoints_and_pictures_are_in_the_store(done: Done) -> None:
         store = done.store.trial(trial.hash)
         result = store.result()
         assert result is not None
-        assert (result.step, result.workers, result.device) == (6, 2, "cpu")
+        assert (result.step, result.workers, result.device) == (6, 1, "cpu")
         assert result.metrics["sys/host_memory_gb"] > 0.1  # what a plan counts with
         assert [point.step for point in result.evaluations] == [3, 6]
         model = load_model(done.home / "storage" / "trials" / trial.hash / result.checkpoint)
@@ -489,10 +495,10 @@ def test_a_trial_that_is_told_to_stop_saves_and_goes_on_later(
 def test_a_cluster_too_small_for_one_trial_is_refused(done: Done) -> None:
     from knet_platform.cluster import trial_slots
 
-    resources = done.sweep.resources
+    resources = replace(done.sweep.resources, workers=2)
     assert trial_slots(resources) == 2
     with pytest.raises(CapacityError, match=r"needs 2 workers of 1 CPU \+ 1 GPU.*4 CPU"):
-        trial_slots(type(resources)(workers=2, gpus_per_worker=1))
+        trial_slots(replace(resources, gpus_per_worker=1))
 
 
 def test_a_second_run_of_the_same_sweep_is_refused_while_the_first_lives(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from knet_core import fit
+from knet_platform.config import load_recipe
+
 RECIPE = """\
 model:
   backbone: {name: resnet10t, pretrained: false, frozen_stages: 0, norm_eval: false}
@@ -46,6 +49,16 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of that recipe leaves, for all tests to read."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    trained = fit(load_recipe(folder / "tiny.yaml"), output_dir=folder).checkpoint
+    assert trained is not None
+    return trained
 
 
 @pytest.fixture

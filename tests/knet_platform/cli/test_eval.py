@@ -12,11 +12,6 @@ from knet_platform.config import load_recipe
 
 
 @pytest.fixture
-def checkpoint(recipe: Path, tmp_path: Path) -> Path:
-    return fit(load_recipe(recipe), output_dir=tmp_path / "run").checkpoint
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "shapes.yaml"
     path.write_text("format: shapes\nshapes: {num_train: 4, num_val: 3, size: 64}\n")

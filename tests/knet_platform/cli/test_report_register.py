@@ -14,7 +14,8 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from knet_core import Instances, fit, image_batch, load_model, load_recipe, predict
+from knet_core import Instances, image_batch, load_model, load_recipe, predict
+from knet_platform.checkpoints import step_of
 from knet_platform.cli.main import main
 from knet_platform.home import storage_uri, tracking_uri
 from knet_platform.planning import load_sweep
@@ -30,9 +31,15 @@ WINNER = "narrow/1"
 
 @pytest.fixture
 def path(
-    width_sweep: Path, finished: Callable[..., TrialResult], monkeypatch: pytest.MonkeyPatch
+    width_sweep: Path,
+    checkpoint: Path,
+    finished: Callable[..., TrialResult],
+    make_home: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A sweep of which three trials are finished; only the winner has its checkpoint."""
+    """A sweep of which three trials are finished; only the winner has a checkpoint."""
+    make_home(tmp_path, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as if unset, and restored afterwards
     scores = {"narrow/0": 0.2, WINNER: 0.5, "model.channels=64/0": 0.3}
     for trial in load_sweep(width_sweep).trials:
@@ -40,18 +47,15 @@ def path(
             continue
         folder = Store(storage_uri()).trial(trial.hash)
         folder.write_provenance(capture(trial.recipe, workers=1, source=read_source()), "")
-        checkpoint = "checkpoint_100"
+        name = "checkpoint_100"
         if trial.name == WINNER:
-            trained = fit(trial.recipe, output_dir=Path(folder.uri))
-            assert trained.checkpoint is not None
-            checkpoint = trained.checkpoint.name
-        step = int(checkpoint.rpartition("_")[2])
+            name = checkpoint.name
+            shutil.copytree(checkpoint, Path(folder.uri, name))
+        step = step_of(name)
         metrics = {"val/AP": scores[trial.name], "bench/fps": 9.0}
         point = Evaluation(step=step, time=1e9, metrics=metrics)
         folder.write_points(0, [Evaluation(step=1, time=1e9, metrics={"val/AP": 0.01}), point])
-        folder.write_result(
-            finished(trial.hash, step=step, metrics=metrics, checkpoint=checkpoint)
-        )
+        folder.write_result(finished(trial.hash, step=step, metrics=metrics, checkpoint=name))
     return width_sweep
 
 

@@ -1,7 +1,7 @@
-"""One of several workers over gloo; `test_evaluation` starts it and reads what it writes.
+"""One worker and then two over gloo; `test_evaluation` starts them and reads what they write.
 
-Usage: score_worker.py RANK WORLD_SIZE FOLDER NUM_IMAGES. Every task is evaluated with a model
-that moves the ground truth about, the same way wherever an image is predicted.
+Usage: score_workers.py FOLDER NUM_IMAGES. Every task is evaluated with a model that moves the
+ground truth about, the same way wherever an image is predicted.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import distributed
+from torch import distributed, multiprocessing
 
 from knet_core import DataConfig, EvalConfig, ShapesConfig, build_dataset
 from knet_core.evaluation import evaluate
@@ -70,14 +70,21 @@ def scores(num_images):
     return result
 
 
-def main(rank, world_size, folder, num_images):
+def work(rank, world_size, folder, num_images):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        "gloo",
+        init_method=f"file://{folder}/rendezvous{world_size}",
+        rank=rank,
+        world_size=world_size,
     )
-    (folder / f"result{rank}.json").write_text(json.dumps(scores(num_images)))
+    found = json.dumps(scores(num_images))
+    (folder / f"worker{rank}_of_{world_size}.json").write_text(found)
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    for workers in (1, 2):
+        # Forked, so that what takes seconds to import is imported once.
+        arguments = (workers, Path(sys.argv[1]), int(sys.argv[2]))
+        multiprocessing.start_processes(work, arguments, nprocs=workers, start_method="fork")

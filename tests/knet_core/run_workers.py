@@ -1,6 +1,6 @@
-"""One of two workers over gloo; `test_distributed` starts it and reads what it writes.
+"""Two workers over gloo; `test_distributed` starts them and reads what they write.
 
-Usage: run_worker.py RANK WORLD_SIZE FOLDER, which holds recipe.yaml of the run to repeat.
+Usage: run_workers.py FOLDER, which holds recipe.yaml of the run to repeat.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, multiprocessing
 
 from knet_core import (
     KNetError,
@@ -119,10 +119,10 @@ def error_of(work):
     return None
 
 
-def main(rank, world_size, folder):
+def work(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     recipe = load_recipe(folder)
     accumulating = dataclasses.replace(
@@ -149,4 +149,5 @@ def main(rank, world_size, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # Forked, so that what takes seconds to import is imported once.
+    multiprocessing.start_processes(work, (Path(sys.argv[1]),), nprocs=2, start_method="fork")
