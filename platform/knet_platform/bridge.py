@@ -144,11 +144,13 @@ class Bridge(ray.tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Let Tune forget the recipe, which it keeps of every trial and writes down each time."""
-        kept = {"job": {"trial_hash": hash_of(trial)}}
+        """Let Tune forget the recipe and the curves, which it keeps of every trial."""
+        kept = {"trial_hash": hash_of(trial)}
         trial.config = kept
         trial.evaluated_params = {}
         trial.last_result["config"] = kept
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
 
     def on_trial_recover(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -351,4 +353,4 @@ def _in_common(one: Trial, other: Trial) -> bool:
 
 def hash_of(trial: TuneTrial) -> str:
     """Return the hash of the trial that a Tune trial runs."""
-    return str(trial.config["job"]["trial_hash"])
+    return str(trial.config["trial_hash"])

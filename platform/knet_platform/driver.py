@@ -4,6 +4,7 @@ The folder of a trial is also Ray Train's run folder, so whatever restarts - a w
 driver, the whole sweep - Ray Train finds the newest checkpoint and goes on from it.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ _RAYS_RECORD = "checkpoint_manager_snapshot.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialJob:
-    """What a driver needs to know, in plain values: Tune writes them down as JSON."""
+    """What a driver needs to know, in plain values."""
 
     trial_hash: str
     recipe: dict[str, Any]
@@ -52,6 +53,19 @@ class TrialJob:
     usd_per_worker_hour: float | None
     """None where the sweep names no price."""
 
+    def to_config(self) -> dict[str, Any]:
+        """Return what Tune takes.
+
+        One string: Tune copies, flattens and writes down every value of it at each report.
+        """
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"trial_hash": self.trial_hash, "job": json.dumps(values)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TrialJob":
+        """Return what `to_config` made it from."""
+        return cls(**json.loads(config["job"]))
+
 
 Train = Callable[[TrialJob, TrialStore, int, int | None], tuple[str, bool]]
 """Takes job, store, attempt and images at once; returns device and whether the trial ended."""
@@ -61,10 +75,10 @@ def run_trial(config: dict[str, Any], train: Train | None = None) -> None:
     """Run a trial to its end; failures are recorded and reported, not raised.
 
     Args:
-        config: A `TrialJob` under `job`.
+        config: A `TrialJob` as Tune has it.
         train: Brings the trial to its end; unset: a Ray Train group.
     """
-    job = TrialJob(**config["job"])
+    job = TrialJob.from_config(config)
     try:
         _run(job, Store(job.store_uri).trial(job.trial_hash), train or _fit)
     except SupersededError:  # whoever took it over says how it goes on

@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -108,7 +108,7 @@ def capture(recipe: Recipe, *, workers: int, source: Source) -> Provenance:
         python=platform.python_version(),
         platform=platform.platform(),
         accelerator=None,
-        command=clean_command(_typed(sys.argv)),
+        command=_command(tuple(sys.argv)),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -167,6 +167,8 @@ def _lock_digest() -> str | None:
     return None
 
 
-def _typed(argv: list[str]) -> list[str]:
+@cache
+def _command(argv: Sequence[str]) -> str:
     program = Path(argv[0]).name
-    return ["knet" if program == "main.py" else program, *argv[1:]]  # python -m ...cli.main
+    # python -m knet_platform.cli.main
+    return clean_command(["knet" if program == "main.py" else program, *argv[1:]])

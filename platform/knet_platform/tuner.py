@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -269,7 +269,7 @@ class _Tune:
             return
         # Once: a member of a population that another run has claimed since is left to it.
         self._claim([trial for trial in todo if trial.hash not in self._bridge.attempts])
-        self._fit(Queue(todo, lambda trial: {"job": self._job(trial)}))
+        self._fit(Queue(todo, self._config))
 
     def evolve(self, population: Population, todo: Collection[Trial]) -> None:
         """Run `todo`, its members round by round until they are finished or one cannot go on."""
@@ -298,7 +298,7 @@ class _Tune:
             if trial.hash not in self._bridge.attempts:  # a suggestion
                 self._bridge.add(trial)
                 self._claim([trial])
-            return {"job": self._job(trial)}
+            return self._config(trial)
 
         first = [trial for trial in todo if trial.seed == self._sweep.seeds[0]]
         self._claim(first)
@@ -324,8 +324,8 @@ class _Tune:
         hashes = (trial.hash for trial in trials)
         self._bridge.attempts.update(zip(hashes, counts, strict=True))
 
-    def _job(self, trial: Trial) -> dict[str, Any]:
-        """Make a trial ready to run and return its `TrialJob`."""
+    def _config(self, trial: Trial) -> dict[str, Any]:
+        """Make a trial ready to run and return its `TrialJob` as Tune has it."""
         resources, price, run_id = self._sweep.resources, self._price, self._bridge.run_id
         folder = self._store.trial(trial.hash)
         recipe, most_evaluations = trial.recipe, None
@@ -360,7 +360,7 @@ class _Tune:
             if price and not price.assumed
             else None,
         )
-        return asdict(job)
+        return job.to_config()
 
     def _fit(self, trials: Queue) -> None:
         release_abandoned()  # an interrupted run of this process may have

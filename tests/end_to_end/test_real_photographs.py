@@ -31,14 +31,12 @@ arms:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "folder", "num_classes", "workers"),
-    [("", "coco_mini", 80, 2), ("file://", "nuclei", 1, 1)],
+    ("scheme", "folder", "num_classes"), [("", "coco_mini", 80), ("file://", "nuclei", 1)]
 )
 def test_a_sweep_trains_on_real_images(
     scheme: str,
     folder: str,
     num_classes: int,
-    workers: int,
     real_data: Path,
     ray_cluster: str,
     tmp_path: Path,
@@ -49,8 +47,9 @@ def test_a_sweep_trains_on_real_images(
     file = tmp_path / "photographs.yaml"
     file.write_text(SWEEP)
     laptop = (ROOT / "sweeps" / "scales" / "laptop.yaml").read_text()
-    small = laptop.replace("workers: 2,", f"workers: {workers},").replace("../", f"{ROOT}/sweeps/")
-    (tmp_path / "laptop.yaml").write_text(small)
+    assert "workers: 2," in laptop
+    alone = laptop.replace("workers: 2,", "workers: 1,").replace("../", f"{ROOT}/sweeps/")
+    (tmp_path / "laptop.yaml").write_text(alone)
     scale = str(tmp_path / "laptop.yaml")
     overrides = [
         f"data={ROOT}/sweeps/data/coco.yaml",
@@ -84,6 +83,5 @@ def test_a_sweep_trains_on_real_images(
         assert all(math.isfinite(value) for value in run.data.metrics.values())
         result = Store(str(home / "storage")).trial(trial.hash).result()
         assert result is not None
-        assert result.workers == workers
         checkpoint = home / "storage" / "trials" / trial.hash / result.checkpoint
         assert load_model(checkpoint).num_classes == num_classes

@@ -49,7 +49,7 @@ def _faults(trial_hash):
 def _faulty_driver(run_trial):
     @functools.wraps(run_trial)
     def run(config, *args, **options):
-        faults = _faults(config["job"]["trial_hash"])
+        faults = _faults(config["trial_hash"])
         if faults.is_dir():
             (faults / "driver.pid").write_text(str(os.getpid()))
         if (watch := faults / "watch").exists():

@@ -63,7 +63,7 @@ class Played:
             attempts.claim(self.store.trial(trial.hash), "run")
 
     def report(self, name: str, **result: Any) -> None:
-        trial = SimpleNamespace(config={"job": {"trial_hash": self.trials[name].hash}})
+        trial = SimpleNamespace(config={"trial_hash": self.trials[name].hash})
         self.bridge.on_trial_result(1, [], cast("Any", trial), result)
 
     def fail(self, name: str, cause: str, reason: str) -> None:
@@ -137,7 +137,7 @@ def test_a_driver_that_died_is_on_record_and_the_trial_goes_on(
     freed: list[bool] = []
     monkeypatch.setattr(bridge, "release_abandoned", lambda: freed.append(True))
     played.report("1/0", attempt=1)
-    trial = SimpleNamespace(config={"job": {"trial_hash": played.trials["1/0"].hash}})
+    trial = SimpleNamespace(config={"trial_hash": played.trials["1/0"].hash})
     played.bridge.on_trial_recover(1, [], cast("Any", trial))
     store = played.store.trial(played.trials["1/0"].hash)
     assert [failure.cause for failure in store.failures()] == ["preempted"]

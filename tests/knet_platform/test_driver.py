@@ -1,7 +1,7 @@
 """Which of several errors is named, how short memory is met, and which cluster is ours."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def test_how_little_memory_a_result_took_is_recorded(
         return "cpu", True
 
     job = replace(job_with([1]), store_uri=str(tmp_path))
-    run_trial({"job": asdict(job)}, train=train)
+    run_trial(job.to_config(), train=train)
     result = store.result()
     assert result is not None
     assert result.micro_batch == 1
@@ -122,7 +122,7 @@ def test_what_a_trial_costs_counts_every_groups_workers(
         return "cuda", True
 
     job = replace(job_with([2, 4, 8], gpus=1), store_uri=str(tmp_path), usd_per_worker_hour=3.0)
-    run_trial({"job": asdict(job)}, train=train)
+    run_trial(job.to_config(), train=train)
     result = store.result()
     assert result is not None
     assert (result.earlier_workers, result.workers) == ((4,), 2)

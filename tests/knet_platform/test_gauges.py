@@ -89,7 +89,7 @@ class Running:
         self.trials = {trial.name: trial for trial in sweep.trials}
 
     def report(self, name: str, **result: Any) -> None:
-        trial = SimpleNamespace(config={"job": {"trial_hash": self.trials[name].hash}})
+        trial = SimpleNamespace(config={"trial_hash": self.trials[name].hash})
         self.bridge.on_trial_result(1, [], cast("Any", trial), result)
 
     def measure(self, name: str, step: int, *, saved: bool = False, **metrics: float) -> None:
@@ -206,7 +206,7 @@ def test_earlier_runs_are_paid_for_too_and_retries_counted_by_cause(
     running.report("b/0", retry="node lost; retried", cause="preempted")
     running.report("b/0", retry="a damaged checkpoint was passed")  # ends no attempt
     running.report("b/0", attempt=2)
-    trial = SimpleNamespace(config={"job": {"trial_hash": running.trials["b/0"].hash}})
+    trial = SimpleNamespace(config={"trial_hash": running.trials["b/0"].hash})
     running.bridge.on_trial_recover(1, [], cast("Any", trial))
     value = running.recorded.value
     assert value("knet_sweep_retries", sweep="s", cause="preempted") == 2
