@@ -23,7 +23,7 @@ TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
 RECIPE = f"""\
 base: {TINY}
 data: {{shapes: {{num_train: 16}}}}
-model: {{backbone: {{name: test_resnet, norm_eval: true}}, stages: 1}}
+model: {{backbone: {{norm_eval: true}}, stages: 1}}
 train: {{iterations: 8, batch_size: 4, log_every: 1, eval_every: 4, checkpoint_every: 2}}
 eval: {{batch_size: 2, fps_iterations: 0, probe_images: 0}}
 """

@@ -34,7 +34,7 @@ STEPS, INTERVAL = 16, 4
 SAVED, GROWN = 2 * INTERVAL, 3 * INTERVAL
 RECIPE = f"""\
 base: {TINY}
-model: {{backbone: {{name: test_resnet}}, stages: 1}}
+model: {{stages: 1}}
 train: {{batch_size: 4, micro_batch: 1, log_every: 1}}
 eval: {{fps_iterations: 0, probe_images: 0}}
 """

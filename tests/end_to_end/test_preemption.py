@@ -28,7 +28,6 @@ base: {TINY}
 model:
   task: semantic
   semantic: {{head: fcn}}
-  backbone: {{name: test_resnet}}
   stages: 1
   grouping: soft
 train: {{iterations: {STEPS}, batch_size: 4, log_every: 1, eval_every: {STEPS}}}

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
 RECIPE = f"""\
 base: {TINY}
-model: {{task: panoptic, backbone: {{name: test_resnet}}, stages: 1}}
+model: {{task: panoptic, stages: 1}}
 train: {{iterations: 6, batch_size: 4, log_every: 1, eval_every: 2}}
 eval: {{fps_iterations: 0}}
 """

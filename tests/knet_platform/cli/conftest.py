@@ -9,7 +9,7 @@ from knet_platform.config import load_recipe
 
 RECIPE = """\
 model:
-  backbone: {name: resnet10t, pretrained: false, frozen_stages: 0, norm_eval: false}
+  backbone: {name: test_resnet, pretrained: false, frozen_stages: 0, norm_eval: false}
   channels: 32
   num_kernels: 10
   stages: 1
