@@ -492,7 +492,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, as written to `recipe.yaml`; tuples become lists."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain(self)
         return plain
 
     @classmethod
@@ -508,6 +508,8 @@ class Recipe:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):

@@ -218,9 +218,7 @@ class TrialStore:
             {"step": item.step, "time": item.time, "metrics": dict(item.metrics)}
             for item in result.evaluations
         ]
-        names = TrialResult.__dataclass_fields__
-        values = {name: getattr(result, name) for name in names} | {"evaluations": evaluations}
-        self._write_json("result.json", values)
+        self._write_json("result.json", _values(result) | {"evaluations": evaluations})
         self.clear_failure()
         self.clear_pruned()
 
@@ -274,15 +272,14 @@ class TrialStore:
         """Record what the trial is made from, with the uncommitted changes if there are any."""
         if provenance.patch:
             self.write_bytes("patch.diff", patch.encode(errors="surrogateescape"))
-        self._write_json("provenance.json", asdict(provenance))
+        self._write_json("provenance.json", _values(provenance))
 
     def provenance_files(self) -> dict[str, bytes]:
         """Return what is recorded of the trial's making, by file name, for keeping elsewhere."""
-        provenance = self.provenance()
-        if provenance is None:
+        there = self.list()
+        if "provenance.json" not in there:
             return {}
-        names = ["provenance.json", *(["patch.diff"] if provenance.patch else [])]
-        names += [SCHEDULE] if SCHEDULE in self.list() else []
+        names = [name for name in ("provenance.json", "patch.diff", SCHEDULE) if name in there]
         return {name: self.read_bytes(name) for name in names}
 
     def write_schedule(self, recipe: "Recipe") -> None:
@@ -290,14 +287,14 @@ class TrialStore:
         self.write_bytes(SCHEDULE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
         if provenance := self.provenance():
             values = with_absolute_root(recipe).to_dict()
-            self._write_json("provenance.json", asdict(replace(provenance, recipe=values)))
+            self._write_json("provenance.json", _values(replace(provenance, recipe=values)))
 
     def write_machine(self, *, threads: int, accelerator: dict[str, str] | None) -> None:
         """Add to the provenance what the first worker trains on, once it is known."""
         provenance = self.provenance()
         if provenance is not None and provenance.threads is None:
             complete = replace(provenance, threads=threads, accelerator=accelerator)
-            self._write_json("provenance.json", asdict(complete))
+            self._write_json("provenance.json", _values(complete))
 
     def groups(self) -> tuple[Group, ...]:
         """Return the groups of workers whose training the newest checkpoint holds, in order."""
@@ -427,3 +424,8 @@ class TrialStore:
 
     def _write_json(self, relative: str, values: Mapping[str, Any]) -> None:
         self.write_bytes(relative, json.dumps(values, indent=1).encode())
+
+
+def _values(record: Provenance | TrialResult) -> dict[str, Any]:
+    """Return a record's values as they are; `asdict` would copy every one of them."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

@@ -26,7 +26,7 @@ from knet_platform.suggestions import recall
 from knet_platform.sweep import Sweep
 
 if TYPE_CHECKING:
-    from knet_platform.tracking import JournaledTracker
+    from knet_platform.tracking import JournaledTracker, NoTracker
     from knet_platform.tuner import SweepOutcome
 
 EXAMPLES = """\
@@ -126,7 +126,7 @@ def _require_room(home: Path, store: Store) -> None:
             )
 
 
-def _show(outcome: "SweepOutcome", tracker: "JournaledTracker") -> None:
+def _show(outcome: "SweepOutcome", tracker: "JournaledTracker | NoTracker") -> None:
     from knet_platform.cli.output import result_console
     from knet_platform.report import Terminal
 
@@ -140,7 +140,9 @@ def _show(outcome: "SweepOutcome", tracker: "JournaledTracker") -> None:
         print("these pages are there while `knet ui` runs")
 
 
-def _as_json(sweep: Sweep, outcome: "SweepOutcome", tracker: "JournaledTracker") -> dict[str, Any]:
+def _as_json(
+    sweep: Sweep, outcome: "SweepOutcome", tracker: "JournaledTracker | NoTracker"
+) -> dict[str, Any]:
     return {
         "sweep": sweep.name,
         "finished": [

@@ -15,7 +15,7 @@ from knet_platform.tracking.protocol import (
 class NoTracker:
     """Implements `Tracker`; results, curves and pictures are in the store all the same."""
 
-    unsent = 0
+    unsent = waiting = lost = 0
 
     def start_sweep(self, sweep: SweepRun) -> None:
         """Do nothing."""
@@ -55,4 +55,8 @@ class NoTracker:
 
     def compare_url(self) -> str | None:
         """Return None: there is no page."""
+        return None
+
+    def left(self) -> str | None:
+        """Return None: nothing waits for a store."""
         return None

@@ -21,8 +21,8 @@ def open_store(uri: str, home: Path) -> Tracker:
 
 def open_tracker(
     name: str, uri: str, home: Path, *, warn: Callable[[str], None]
-) -> JournaledTracker:
-    """Return the same behind the journal `name`, for a run that must not wait.
+) -> JournaledTracker | NoTracker:
+    """Return the same for a run that must not wait: behind the journal `name`, if it keeps any.
 
     Args:
         name: Of the sweep; of whatever else runs at most once at a time.
@@ -30,5 +30,7 @@ def open_tracker(
         home: State folder.
         warn: Told what did not arrive at once.
     """
-    path = journal_path(home, name, uri)
-    return JournaledTracker(open_store(uri, home), uri, path, warn=warn)
+    tracker = open_store(uri, home)
+    if isinstance(tracker, NoTracker):
+        return tracker
+    return JournaledTracker(tracker, uri, journal_path(home, name, uri), warn=warn)
