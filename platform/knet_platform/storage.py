@@ -276,10 +276,11 @@ class TrialStore:
 
     def provenance_files(self) -> dict[str, bytes]:
         """Return what is recorded of the trial's making, by file name, for keeping elsewhere."""
-        there = self.list()
-        if "provenance.json" not in there:
+        provenance = self.provenance()
+        if provenance is None:
             return {}
-        names = [name for name in ("provenance.json", "patch.diff", SCHEDULE) if name in there]
+        names = ["provenance.json", *(["patch.diff"] if provenance.patch else [])]
+        names += [SCHEDULE] if SCHEDULE in self.list() else []
         return {name: self.read_bytes(name) for name in names}
 
     def write_schedule(self, recipe: "Recipe") -> None:

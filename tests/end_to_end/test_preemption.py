@@ -103,6 +103,11 @@ def test_a_drained_node_costs_less_than_the_steps_between_two_checkpoints(
     assert place() == (other, STEPS - 1)
     result = store.result()
     assert result is not None
+    assert 0 <= result.metrics["val/mIoU"] <= 1
+    table = (home / "reports" / "preempted" / "table.md").read_text().splitlines()
+    header, _, row = [line for line in table if line.startswith("|")]
+    assert header.split("|")[2].strip() == "mIoU"
+    assert "only (baseline)" in row
     assert store.latest_checkpoint() == result.checkpoint == f"checkpoint_{STEPS}"
     assert not (home / "storage").exists()
 

@@ -78,6 +78,12 @@ def test_a_server_that_dies_in_mid_run_gets_everything_afterwards(
         "first/0": "RUNNING",
     }
 
+    table = (home / "reports" / "outage" / "table.md").read_text().splitlines()
+    header, _, *rows = [line for line in table if line.startswith("|")]
+    assert header.split("|")[2].strip() == "PQ"
+    assert len(rows) == 2
+    assert "first (baseline)" in rows[0]
+
     server.start()
     assert main(["sync"]) == 0
     assert "updates sent" in capsys.readouterr().out
@@ -90,6 +96,9 @@ def test_a_server_that_dies_in_mid_run_gets_everything_afterwards(
         "second/0": "FINISHED",
     }
     for trial in load_sweep(tmp_path / "outage.yaml").trials:
+        result = store.trial(trial.hash).result()
+        assert result is not None
+        assert 0 <= result.metrics["val/PQ"] <= 1
         points = store.trial(trial.hash).points()
         assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
         run_id = found[trial.name].info.run_id
