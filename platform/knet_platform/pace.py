@@ -4,6 +4,7 @@ From trials already run, else from a probe on this machine, else from the model'
 """
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def num_iterations(recipe: Recipe) -> int | None:
     images = _num_train_images(recipe)
     if images is None:
         return None
-    return max(1, round(recipe.train.epochs * images / recipe.train.batch_size))
+    return math.ceil(recipe.train.epochs * images / recipe.train.batch_size)
 
 
 def forward_gflop(recipe: Recipe) -> float:

@@ -27,6 +27,8 @@ from knet_platform.search import (
 
 # Names become MLflow runs and folders of the report.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
+_LISTED = 8
+"""Arms that an error names."""
 KEYS = (
     "name",
     "base",
@@ -265,7 +267,7 @@ class SweepReader:
         if arms and name not in arms:
             self._wrong(
                 "baseline",
-                f"'{name}' is not an arm; arms are {', '.join(arms)}{suggestion(name, arms)}",
+                f"'{name}' is not an arm; arms are {_first(arms)}{suggestion(name, arms)}",
             )
         return name
 
@@ -444,6 +446,12 @@ class SweepReader:
         if info is None:
             self._wrong(key, f"unknown metric {name!r}{suggestion(str(name), METRICS)}")
         return info
+
+
+def _first(names: Collection[str]) -> str:
+    """List names on one line, a grid's hundreds in part."""
+    listed = ", ".join(itertools.islice(names, _LISTED))
+    return f"{listed} and {len(names) - _LISTED} more" if len(names) > _LISTED else listed
 
 
 def _resource_problem(name: str, value: Any) -> str | None:

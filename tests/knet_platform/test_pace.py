@@ -73,6 +73,8 @@ def test_epochs_become_iterations_by_counting_images(tmp_path):
     data = DataConfig(root=str(tmp_path))
     recipe = Recipe(data=data, train=TrainConfig(epochs=6, batch_size=4))
     assert num_iterations(recipe) == 12
+    begun = dataclasses.replace(recipe, train=TrainConfig(epochs=0.6, batch_size=4))
+    assert num_iterations(begun) == 2  # the core trains an epoch's last batch whole
     missing = dataclasses.replace(recipe, data=DataConfig(root=str(tmp_path / "gone")))
     assert num_iterations(missing) is None
     assert estimate(trial("c", 0, missing), Resources(), {}, ()).source == "unknown"
