@@ -202,7 +202,7 @@ def s3_uri(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def cluster(faults: Path, s3_environment: dict[str, str]) -> Iterator["Cluster"]:
     """A Ray cluster on this machine, connected to; its processes know the S3 endpoint."""
-    from knet_platform.cluster import prepare_environment
+    from knet_platform.cluster import prepare_environment, worker_environment
 
     prepare_environment()
     os.environ["KNET_TEST_FAULTS"] = str(faults)
@@ -228,7 +228,12 @@ def cluster(faults: Path, s3_environment: dict[str, str]) -> Iterator["Cluster"]
             "_system_config": {"metrics_report_interval_ms": 2000},
         },
     )
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        cluster.address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=worker_environment(gpus=False),
+    )
     yield cluster
     ray.shutdown()
     cluster.shutdown()

@@ -167,7 +167,11 @@ def _run_unfinished(
     bridge = Bridge(sweep, todo, store, tracker, progress, governor, gauges, screen, others=others)
     bridge.left = {trial.hash for trial in unfinished} - {trial.hash for trial in todo}
     if todo or (sweep.search and sweep.search.to_come):
-        with _interruptible(sweep, bridge) as listen, connected(), closing(to_ray):
+        with (
+            _interruptible(sweep, bridge) as listen,
+            connected(gpus=sweep.resources.gpus_per_worker > 0),
+            closing(to_ray),
+        ):
             listen()  # again: Ray has put its own handler in place
             _show_earlier(sweep, earlier, gauges)
             tune = _Tune(sweep, store, bridge, price, trainable)

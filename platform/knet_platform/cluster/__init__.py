@@ -7,6 +7,7 @@ from knet_platform.cluster.connection import (
     ray_address,
     release_abandoned,
     trial_slots,
+    worker_environment,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "ray_address",
     "release_abandoned",
     "trial_slots",
+    "worker_environment",
 ]

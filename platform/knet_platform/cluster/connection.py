@@ -1,5 +1,6 @@
 """The Ray cluster in use: connect to it or start one here, and count the trials it holds."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knet_platform.errors import CapacityError, UsageError
+from knet_platform.fork_server import executable
 from knet_platform.sweep_file import Resources
 
 SETTINGS = {
@@ -30,12 +32,16 @@ SETTINGS = {
     # `tuner` handles signals itself.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable in which Ray tells a job how it was submitted."""
 GROWS_TO = "KNET_GROWS_TO"
 """Variable with what an autoscaled cluster's machines have once all of them are there."""
 MOST_LISTED = 10_000
 """Ray lists no more entries than this at once."""
 HEAD = {"node:__internal_head__": 0.001}
 """Drivers run on the head, which outlives spot nodes, and take nothing that workers need."""
+_OTHER_PYTHON = {"conda", "container", "image_uri", "pip", "py_executable", "uv"}
+"""Fields of a runtime environment that say which Python runs."""
 
 
 def prepare_environment() -> None:
@@ -68,10 +74,13 @@ def ray_address() -> str | None:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(*, gpus: bool = True) -> Iterator[None]:
     """Use the cluster of `RAY_ADDRESS` (set inside every Ray job), else one started here.
 
     A connection that exists is used as it is.
+
+    Args:
+        gpus: Whether processes that are started there use GPUs.
 
     Raises:
         UsageError: The address is of another kind, nothing answers there, or Ray does not start.
@@ -82,11 +91,15 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": worker_environment(gpus=gpus),
+    }
     if address:
-        _connect(address, quiet)
+        _connect(address, options)
     else:
-        _start(quiet)
+        _start(options)
     try:
         if address:
             _release_leftovers()
@@ -95,11 +108,24 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def _connect(address: str, quiet: Mapping[str, Any]) -> None:
+def worker_environment(*, gpus: bool) -> dict[str, Any]:
+    """Return what Ray's processes are started in beyond what their job says (`fork_server`).
+
+    A job that brings a Python of its own keeps that.
+
+    Args:
+        gpus: Whether they use GPUs.
+    """
+    job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    own = _OTHER_PYTHON & (job.get("runtime_env") or {}).keys()
+    return {} if gpus or own else {"py_executable": executable()}
+
+
+def _connect(address: str, options: Mapping[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(
@@ -109,12 +135,12 @@ def _connect(address: str, quiet: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _start(quiet: Mapping[str, Any]) -> None:
+def _start(options: Mapping[str, Any]) -> None:
     import ray
 
     try:
         # Ray cleans up behind stopped trials only where its dashboard runs.
-        ray.init(address="local", include_dashboard=True, **quiet)
+        ray.init(address="local", include_dashboard=True, **options)
     except Exception as error:  # Ray raises just that where its node is not up in 30 seconds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(

@@ -1,5 +1,6 @@
 """How many trials a cluster holds; Ray that does not start is one line with the way out."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from knet_platform.cluster import release_abandoned, trial_slots
+from knet_platform.cluster import release_abandoned, trial_slots, worker_environment
 from knet_platform.errors import CapacityError, UsageError
 from knet_platform.sweep_file import Resources
 
@@ -49,6 +50,17 @@ def test_trials_are_counted_by_what_a_cluster_may_grow_to(
     monkeypatch.setenv("KNET_GROWS_TO", "CPU:256")
     with pytest.raises(UsageError, match="KNET_GROWS_TO: got 'CPU:256', expected what all"):
         trial_slots(trials)
+
+
+def test_processes_are_forked_where_no_gpu_is_used_and_no_other_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert "knet_platform.fork_server" in worker_environment(gpus=False)["py_executable"]
+    assert worker_environment(gpus=True) == {}
+    for job, own in (({"working_dir": "gcs://a.zip"}, False), ({"pip": ["timm==1.0.9"]}, True)):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job}))
+        assert (worker_environment(gpus=False) == {}) == own
 
 
 class Driver:
