@@ -1,8 +1,8 @@
 """Makes Ray's worker processes by forking one that has imported what all of them import.
 
 `python -m knet_platform.fork_server SCRIPT ...` does what `python SCRIPT ...` would,
-in a child of a server that a node's first call starts (docs/adr/0020-fork-server.md). Nothing of
-the project is imported before the fork: each job brings its own.
+in a child of a server that a job's first call on a node starts (docs/adr/0020-fork-server.md).
+Nothing of the project is imported before the fork.
 """
 
 import fcntl
@@ -31,10 +31,8 @@ SHARED = ("ray", "timm", "pandas", "pydantic", "pyarrow.dataset", "pyarrow.fs", 
 Not `ray.train` nor `ray.tune`: they define actors, each of which takes a random number from Ray,
 and from then on all the forked would draw the same ones, for the names of what they ask for.
 """
-IDLE_SECONDS = 600.0
+IDLE_SECONDS = 300.0
 """After which a server that nobody asks ends."""
-_PER_PROCESS = ("RAY_JOB_ID",)
-"""Variables by which processes differ that may have one server."""
 _SERVE = "--serve"
 _CHUNK = 2**20
 
@@ -62,8 +60,8 @@ def _ask(argv: Sequence[str]) -> None:
 
 def _connected() -> socket.socket:
     """Connect to the server of the raylet, which is this process's parent; start it if need be."""
-    shared = {name: value for name, value in os.environ.items() if name not in _PER_PROCESS}
-    told = json.dumps([sys.executable, sys.path, shared], sort_keys=True)
+    # All that an import may look at. Ray's looks at its job, so each job has a server.
+    told = json.dumps([sys.executable, sys.path, dict(os.environ)], sort_keys=True)
     address = _folder() / f"{os.getppid()}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     connection = socket.socket(socket.AF_UNIX)
     with _locked(address.parent):

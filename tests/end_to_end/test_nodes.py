@@ -66,8 +66,8 @@ class Watched:
         (self.orders / "pause").write_text("0")  # for `place`
         (self.orders / "hold").write_text(str(step))
 
-    def release(self) -> None:
-        (self.orders / "hold").rename(self.orders / "held")
+    def let_go(self) -> None:
+        (self.orders / "hold").unlink(missing_ok=True)
 
     def place(self) -> tuple[str, int]:
         """Return the node of one of its workers and the number of the last step; -1: none yet."""
@@ -86,6 +86,15 @@ def reserved() -> list[list[str]]:
     held = [group for group in table if group["state"] == "CREATED"]
     assert {group["strategy"] for group in held} == {"PACK"}
     return [list(group["bundles_to_node_id"].values()) for group in held]
+
+
+def look_at_nodes() -> None:
+    """Let Ray's coordinator see new nodes at once, which it looks for every 20 seconds."""
+
+    def tick(coordinator: Any) -> None:
+        coordinator._tick()
+
+    ray.get(get_or_create_autoscaling_coordinator().__ray_call__.remote(tick))
 
 
 def room_is_set_aside() -> bool:
@@ -122,6 +131,7 @@ def test_a_trial_goes_on_with_fewer_workers_when_a_node_dies_and_with_more_when_
 ) -> None:
     rhythm = f"train: {{iterations: {STEPS}, eval_every: {STEPS}, checkpoint_every: {INTERVAL}}}\n"
     nodes = add_nodes(3, num_cpus=2 * CPUS)
+    look_at_nodes()
     (tmp_path / "base.yaml").write_text(RECIPE)
     (tmp_path / "recipe.yaml").write_text("base: base.yaml\n" + rhythm)
     (tmp_path / "sweep.yaml").write_text(SWEEP)
@@ -145,14 +155,16 @@ def test_a_trial_goes_on_with_fewer_workers_when_a_node_dies_and_with_more_when_
         lost = next(iter(nodes.keys() - elsewhere))
         cluster.remove_node(nodes[lost], allow_graceful=False)
         wait_for(lambda: large.workers == [4, 2])
-        small.release()  # was in mid-run all the time
+        small.let_go()  # was in mid-run all the time
         wait_for(lambda: small.store.result())
         wait_for(room_is_set_aside)
-        large.release()
+        large.let_go()
         return large, small, places
 
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(take_a_node_away)
+        # Whatever goes wrong there, the trials end.
+        taken.add_done_callback(lambda _: [item.let_go() for item in watched])
         assert main(["run", str(tmp_path / "sweep.yaml")]) == 0
         large, small, places = taken.result()
 
