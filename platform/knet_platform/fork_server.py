@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +49,8 @@ def _ask(argv: Sequence[str]) -> None:
     request = {"argv": argv, "env": dict(os.environ), "cwd": str(Path.cwd())}
     try:
         with _connected() as connection:
-            socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+            socket.send_fds(connection, [b"3"], [0, 1, 2])
+            connection.sendall(json.dumps(request).encode())
             connection.shutdown(socket.SHUT_WR)
             done = connection.recv(1)
     except OSError as error:
@@ -126,9 +128,8 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
             _end_unless_asked(listener, address)
         connection, _ = listener.accept()
         with connection:
-            data, streams, _, _ = socket.recv_fds(connection, _CHUNK, 3)
-            while more := connection.recv(_CHUNK):
-                data += more
+            _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+            data = b"".join(iter(partial(connection.recv, _CHUNK), b""))
             if os.fork() == 0:
                 os.close(ended)
                 listener.close()

@@ -22,7 +22,7 @@ from knet_platform.storage import Store
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TINY = Path(__file__).parents[1] / "tiny_recipe.yaml"
-STEPS, INTERVAL = 90, 45
+STEPS, INTERVAL = 50, 25
 RECIPE = f"""\
 base: {TINY}
 model:
@@ -68,7 +68,7 @@ def test_a_drained_node_costs_less_than_the_steps_between_two_checkpoints(
     orders = faults / trial.hash
     orders.mkdir()
     (orders / "watch").write_text("0.5")
-    (orders / "pause").write_text("0.3")
+    (orders / "pause").write_text("0.6")
 
     def place() -> tuple[str, int] | None:
         """Return the node and the number of the last step."""
