@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -130,7 +131,11 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
         with connection:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
             data = b"".join(iter(partial(connection.recv, _CHUNK), b""))
-            if os.fork() == 0:
+            with warnings.catch_warnings():
+                # Python's, about threads: jemalloc's and OpenBLAS's, which are made for forks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                forked = os.fork() == 0
+            if forked:
                 os.close(ended)
                 listener.close()
                 for place, stream in enumerate(streams):
