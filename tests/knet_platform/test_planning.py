@@ -127,6 +127,14 @@ def test_problems_of_a_scale_file_name_it(sweep, tmp_path):
     ]
 
 
+def test_of_many_arms_an_error_names_a_few(sweep):
+    arms = {f"a{number}": {"model.stages": number} for number in range(8)}
+    path = sweep(arms=arms, baseline="tree")
+    assert problems_of(path) == [f"baseline: 'tree' is not an arm; arms are {', '.join(arms)}"]
+    path = sweep(arms=arms | {"b": {}, "c": {"seed": 1}}, baseline="tree")
+    assert problems_of(path)[0].endswith("a6, a7 and 2 more")
+
+
 def test_all_problems_of_a_sweep_are_reported_at_once(sweep):
     path = sweep(
         basline="three",
