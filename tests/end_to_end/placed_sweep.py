@@ -1,7 +1,8 @@
 """`knet run` whose trials take the places of their workers, and wait there where others train.
 
 Usage: placed_sweep.py SWEEP, with RAY_ADDRESS. What a trial reserves is what its driver would ask
-of Ray Train. It writes `<SWEEP's folder>/<sweep>_<trial>.json`: nodes, begin and end.
+of Ray Train. It writes `<SWEEP's folder>/<sweep>_<trial>.json`: nodes, begin and end. A sweep's
+first trial stays until one of the other sweep is there too.
 """
 
 import json
@@ -18,12 +19,16 @@ from knet_platform.cluster import prepare_environment
 from knet_platform.driver import run_trial, scaling
 from knet_platform.storage import Group
 
-SECONDS = 6.0
-"""Of a trial."""
+SWEEPS = 2
+"""That train at once."""
+SECONDS = 3.0
+"""Of a trial, from when each sweep has one."""
+PATIENCE_SECONDS = 240.0
+"""For the other sweep's first trial."""
 
 
 def placed_group(folder, name, job, store, attempt, images_at_once):
-    """Reserve what the workers need, stay there for a while, and leave a checkpoint."""
+    """Reserve what the workers need, stay there beside the other sweep, leave a checkpoint."""
     import ray
     from ray.util.placement_group import (
         placement_group,
@@ -39,6 +44,10 @@ def placed_group(folder, name, job, store, attempt, images_at_once):
     nodes = placement_group_table(group)["bundles_to_node_id"]
     attempts.verify(store, job.run_id)
     store.add_group(Group(workers=asked.num_workers, seconds=0.0))
+    Path(folder, f"{name}.begun").touch()
+    while len([*Path(folder).glob("*.begun")]) < SWEEPS:
+        assert time.time() - begin < PATIENCE_SECONDS, "the other sweep got no place beside this"
+        time.sleep(0.1)
     time.sleep(SECONDS)
     state = {
         "format": 1, "step": 10, "epoch": 1.0, "categories": [], "num_parameters": 1,
