@@ -223,6 +223,7 @@ def cluster(faults: Path, s3_environment: dict[str, str]) -> Iterator["Cluster"]
             "dashboard_port": 0,
             "dashboard_agent_listen_port": 0,
             "object_store_memory": 200 * 2**20,
+            "include_log_monitor": False,  # nobody reads it
             "env_vars": s3_environment,
             # Nobody wants to wait 10 s for a number.
             "_system_config": {"metrics_report_interval_ms": 2000},
@@ -251,7 +252,7 @@ def add_nodes(cluster: "Cluster") -> Iterator[Callable[..., dict[str, Any]]]:
     added: list[Any] = []
 
     def add(count: int, **options: Any) -> dict[str, Any]:
-        new = [cluster.add_node(**options) for _ in range(count)]
+        new = [cluster.add_node(include_log_monitor=False, **options) for _ in range(count)]
         added.extend(new)
         return {node.node_id: node for node in new}
 

@@ -6,6 +6,7 @@ Nothing of the project is imported before the fork.
 """
 
 import fcntl
+import gc
 import hashlib
 import importlib
 import json
@@ -122,6 +123,8 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
     asked = listener.fileno()
     for name in SHARED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no collection of the forked looks at all this again, which would copy it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     while True:
         ready, _, _ = select.select([asked, ended], [], [], IDLE_SECONDS)
