@@ -15,6 +15,8 @@ export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
 # Nobody preempts this machine: one process less for every trial.
 export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0
+# Sweeps' processes are forked (docs/adr/0020-fork-server.md): those that Ray would start ahead serve nobody.
+export RAY_prestart_worker_first_driver=0
 
 read -r dashboard agent client < <(python - <<'PY'
 import socket

@@ -225,8 +225,10 @@ def cluster(faults: Path, s3_environment: dict[str, str]) -> Iterator["Cluster"]
             "object_store_memory": 200 * 2**20,
             "include_log_monitor": False,  # nobody reads it
             "env_vars": s3_environment,
-            # Nobody wants to wait 10 s for a number.
-            "_system_config": {"metrics_report_interval_ms": 2000},
+            "_system_config": {
+                "metrics_report_interval_ms": 2000,  # nobody wants to wait 10 s for a number
+                "prestart_worker_first_driver": False,  # sweeps' processes are forked
+            },
         },
     )
     ray.init(

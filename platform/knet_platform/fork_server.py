@@ -5,6 +5,7 @@ in a child of a server that a job's first call on a node starts (docs/adr/0020-f
 Nothing of the project is imported before the fork.
 """
 
+import atexit
 import fcntl
 import gc
 import hashlib
@@ -125,6 +126,7 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no collection of the forked looks at all this again, which would copy it
+    atexit.register(gc.unfreeze)  # else nanobind takes what is never freed for leaks, and says so
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     while True:
         ready, _, _ = select.select([asked, ended], [], [], IDLE_SECONDS)

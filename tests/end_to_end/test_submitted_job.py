@@ -97,6 +97,7 @@ def started_head(folder: Path) -> Iterator[Head]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "KNET_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
+        "RAY_prestart_worker_first_driver": "0",  # sweeps' processes are forked
     }
     session = Path(f"/tmp/knet-{token[:8]}")  # unix sockets need a short path
     command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--port", "0"]
