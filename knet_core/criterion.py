@@ -14,7 +14,7 @@ Shapes:  B images · N instance kernels · R all kernels, stuff last · P pixels
          M kernels with a mask to learn, of all images
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,8 @@ class _Batch:
     num_kernels: int
     """N."""
     num_things: int
+    num_positive: Callable[[], Tensor]
+    """Returns how many kernels have a class to learn in each update, a mean over all workers."""
     compat: Compat
 
     @property
@@ -131,11 +133,17 @@ def kernel_criterion(
         num_classes=num_classes,
         points=points,
     )
+    num_kernels = static.masks.shape[1] - (num_classes - num_things)
+    # Known before anything is matched, whatever the matches: workers wait for each other once,
+    # and not before they need to.
+    num_positive = sum(min(num_kernels, count) for count in truth.num_objects)
+    num_positive += sum(len(labels) for labels in truth.stuff)
     batch = _Batch(
         truth=truth,
         weights=weights,
-        num_kernels=static.masks.shape[1] - (num_classes - num_things),
+        num_kernels=num_kernels,
         num_things=num_things,
+        num_positive=_mean_over_workers(num_positive, static.masks.device),
         compat=compat,
     )
 
@@ -306,7 +314,7 @@ def _class_loss(stage: StageOutput, rows: _Rows, batch: _Batch) -> Tensor:
     labels = batch.truth.labels[rows.regions]
     positives = logits[rows.images, rows.kernels, labels]
     total = focal_loss_sum(torch.cat([things.flatten(), stuff.flatten()]), positives)
-    num_positive = _mean_over_workers(len(labels) / batch.num_groups, total)
+    num_positive = batch.num_positive() / batch.num_groups
     return batch.weights.cls * total / batch.num_groups / num_positive.clamp(min=1)
 
 
@@ -348,9 +356,15 @@ def _semantic_loss(logits: Tensor, things: _Rows, owners: Tensor, batch: _Batch)
     return torch.stack([value.sum() / count.sum().clamp(min=1) for value, count in groups]).mean()
 
 
-def _mean_over_workers(value: float, like: Tensor) -> Tensor:
-    total = torch.full_like(like, value).detach()
+def _mean_over_workers(number: int, device: torch.device) -> Callable[[], Tensor]:
+    """Start an exchange among the workers, and return what waits for the mean."""
+    total = torch.full((), float(number), device=device)
     if not (distributed.is_available() and distributed.is_initialized()):
-        return total
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+        return lambda: total
+    work = distributed.all_reduce(total, async_op=True)
+
+    def mean() -> Tensor:
+        work.wait()
+        return total / distributed.get_world_size()
+
+    return mean

@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +155,27 @@ def start_process() -> Callable[..., Process]:
 
 
 @pytest.fixture(scope="session")
-def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def reserve_port() -> Iterator[Callable[[], int]]:
+    """Return what chooses a port for a server that listens later, and perhaps again.
+
+    A socket stays bound to it. So the system gives it to nobody who asks for any port, also while
+    the server starts, and the server, which asks for this one, may listen beside it.
+    """
+    with ExitStack() as held:
+
+        def reserve() -> int:
+            place = held.enter_context(socket.socket())
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(("", 0))
+            return int(place.getsockname()[1])
+
+        yield reserve
+
+
+@pytest.fixture(scope="session")
+def s3_environment(
+    tmp_path_factory: pytest.TempPathFactory, reserve_port: Callable[[], int]
+) -> Iterator[dict[str, str]]:
     """Variables that lead to an S3 endpoint: moto's, in a process of its own.
 
     None where `KNET_TEST_S3=s3://bucket/prefix` names another, with the credentials in use.
@@ -163,9 +185,7 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         return
     import boto3
 
-    from knet_platform.cli.ui import free_port
-
-    address = f"http://127.0.0.1:{(port := free_port(0))}"
+    address = f"http://127.0.0.1:{(port := reserve_port())}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
     server = Process(command, tmp_path_factory.mktemp("s3") / "log", f"{address}/moto-api/")
     account = {"id": "test", "secret": "test-secret", "region": "us-east-1"}
@@ -271,17 +291,15 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """A real `mlflow server` over that store, on a port of the system's choice."""
+    """A real `mlflow server` over that store."""
 
-    def __init__(self, folder: Path) -> None:
-        from knet_platform.cli.ui import free_port
-
+    def __init__(self, folder: Path, port: int) -> None:
         # Another database and bucket may be given: what is tested is the same.
         self.store = os.environ.get("KNET_TEST_MLFLOW_STORE", f"sqlite:///{folder}/mlflow.db")
         self._artifacts = os.environ.get("KNET_TEST_MLFLOW_ARTIFACTS", f"{folder}/served")
         self._log = folder / "server.log"
-        self._port = free_port(0)
-        self.uri = f"http://127.0.0.1:{self._port}"
+        self._port = port
+        self.uri = f"http://127.0.0.1:{port}"
         self.process: Process | None = None
 
     def start(self) -> None:
@@ -303,9 +321,9 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(store_folder: Path) -> Iterator[Server]:
+def server(store_folder: Path, reserve_port: Callable[[], int]) -> Iterator[Server]:
     """MLflow's server on that store."""
-    server = Server(store_folder)
+    server = Server(store_folder, reserve_port())
     server.start()
     yield server
     server.kill()

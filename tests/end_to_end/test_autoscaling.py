@@ -18,8 +18,6 @@ from ray._raylet import GcsClient
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from knet_platform.cli.ui import free_port
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
@@ -85,15 +83,17 @@ def cluster_description(address: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def head(start_process: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
+def head(
+    start_process: Callable[..., Any], reserve_port: Callable[[], int], tmp_path: Path
+) -> Iterator[str]:
     """Address of a cluster that grows and shrinks by itself."""
-    address = f"{services.get_node_ip_address()}:{(port := free_port(0))}"
+    address = f"{services.get_node_ip_address()}:{(port := reserve_port())}"
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster_description(address)))
     session = tempfile.mkdtemp(prefix="knet-", dir="/tmp")  # sockets allow few characters
     options = {
         "port": port,
-        "dashboard-port": free_port(0),
-        "ray-client-server-port": free_port(0),
+        "dashboard-port": reserve_port(),
+        "ray-client-server-port": reserve_port(),
         "dashboard-agent-listen-port": 0,
         "num-cpus": 1,
         "autoscaling-config": tmp_path / "cluster.yaml",

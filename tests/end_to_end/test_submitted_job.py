@@ -7,10 +7,9 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +76,9 @@ class Head:
 
 
 @contextmanager
-def started_head(folder: Path) -> Iterator[Head]:
+def started_head(folder: Path, reserve_port: Callable[[], int]) -> Iterator[Head]:
     """Start a head; in the end it is killed with everything but the jobs' drivers."""
-    sockets = [socket.socket() for _ in range(3)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    dashboard, agent, client = (str(each.getsockname()[1]) for each in sockets)
-    for each in sockets:
-        each.close()
+    dashboard, agent, client = (str(reserve_port()) for _ in range(3))
     token = secrets.token_hex(32)
     unset = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "KNET_STORAGE", "KNET_DATA"}
     searched = [str(ROOT / "tests" / "faults"), os.environ.get("PYTHONPATH", "")]
@@ -165,7 +159,9 @@ def learnt(store: TrialStore) -> dict[str, float]:
     return {name: value for name, value in result.metrics.items() if not name.startswith(timed)}
 
 
-def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_sweep_is_finished_by_the_same_command(
+    tmp_path: Path, reserve_port: Callable[[], int]
+) -> None:
     home, log = tmp_path / "home", tmp_path / "job.log"
     path = tmp_path / "killed.yaml"
     path.write_text(SWEEP)
@@ -177,7 +173,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
     fault = tmp_path / "faults" / hashes["first"] / "hang"
 
     # The baseline comes first. An epoch has 4 steps, and the checkpoint is that of step 6.
-    with ExitStack() as job, started_head(tmp_path) as head:
+    with ExitStack() as job, started_head(tmp_path, reserve_port) as head:
         with hung_in_mid_epoch(head, log, path, fault, 7):
             finished = before.result()
             assert finished is not None
@@ -187,7 +183,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(tmp_path: Path) -> None:
         job.enter_context(hung_in_mid_epoch(head, log, path, fault, 9))
     assert first.status() == "partial"
 
-    with started_head(tmp_path) as head:
+    with started_head(tmp_path, reserve_port) as head:
         refuse_strangers(head)
         assert head.submit(log, path).wait() == 0, log.read_text()
         output = log.read_text()

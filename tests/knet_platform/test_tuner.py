@@ -24,7 +24,6 @@ from mlflow.entities import Run
 
 from knet_core import Recipe, load_model
 from knet_platform.cli.main import main
-from knet_platform.cli.ui import free_port
 from knet_platform.errors import CapacityError, UsageError
 from knet_platform.gauges import ToRay, TrialGauges
 from knet_platform.identity import trial_hash
@@ -129,6 +128,7 @@ def prometheus(
     ray_cluster: str,
     tmp_path_factory: pytest.TempPathFactory,
     start_process: Callable[..., Any],
+    reserve_port: Callable[[], int],
 ) -> Iterator[Prometheus]:
     program = shutil.which("prometheus")
     assert program, "no prometheus: apt-get install prometheus"
@@ -141,7 +141,7 @@ def prometheus(
     discovery["refresh_interval"] = "1s"
     discovery["url"] = discovery["url"].replace("http://127.0.0.1:8265", ray_cluster)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port(0)}"
+    address = f"127.0.0.1:{reserve_port()}"
     command = [program, f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
     server = start_process(command, folder / "log", f"http://{address}/-/ready")

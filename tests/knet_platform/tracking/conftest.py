@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from knet_platform.cli.ui import free_port
 from knet_platform.planning import load_sweep
 from knet_platform.tracking import SweepRun, TrialRun
 
@@ -204,12 +203,17 @@ class TeamServer:
     """What `cluster/tracking` deploys, from its own files: accounts, PostgreSQL and a bucket."""
 
     def __init__(
-        self, folder: Path, artifacts: str, s3: dict[str, str], start: Callable[..., Any]
+        self,
+        folder: Path,
+        port: int,
+        artifacts: str,
+        s3: dict[str, str],
+        start: Callable[..., Any],
     ) -> None:
         self._start = start
         self._log = folder / "server.log"
-        self._port = free_port(0)
-        self.uri = f"http://127.0.0.1:{self._port}"
+        self._port = port
+        self.uri = f"http://127.0.0.1:{port}"
         subprocess.run([TRACKING / "init.sh", "127.0.0.1:*", artifacts, folder], check=True)
         self.secrets = folder / "secrets"
         self.password = (self.secrets / "admin_password").read_text()
@@ -263,9 +267,11 @@ def team_server(
     bucket: str,
     s3_environment: dict[str, str],
     start_process: Callable[..., Any],
+    reserve_port: Callable[[], int],
 ) -> Iterator[TeamServer]:
     folder = tmp_path_factory.mktemp("team")
-    server = TeamServer(folder, f"{bucket}/mlflow", s3_environment, start_process)
+    artifacts = f"{bucket}/mlflow"
+    server = TeamServer(folder, reserve_port(), artifacts, s3_environment, start_process)
     try:
         server.start()
         yield server
