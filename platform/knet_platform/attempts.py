@@ -48,8 +48,7 @@ def begin(store: TrialStore, run_id: str) -> int:
     Raises:
         SupersededError: The trial belongs to another run by now.
     """
-    verify(store, run_id)
-    attempt = _read(store)[1] + 1
+    attempt = verify(store, run_id) + 1
     _write(store, run_id, attempt)
     return attempt
 
@@ -59,14 +58,16 @@ def count(store: TrialStore) -> int:
     return _read(store)[1]
 
 
-def verify(store: TrialStore, run_id: str) -> None:
-    """Refuse to go on if the trial belongs to another run.
+def verify(store: TrialStore, run_id: str) -> int:
+    """Refuse to go on if the trial belongs to another run; return the attempts made so far.
 
     Raises:
         SupersededError: It does.
     """
-    if _read(store)[0] != run_id:
+    owner, attempts = _read(store)
+    if owner != run_id:
         raise SupersededError(f"{store.uri}: a newer run of the sweep took it over; this one ends")
+    return attempts
 
 
 def allow(store: Store, run_id: str, trials: Collection[str]) -> None:

@@ -435,28 +435,31 @@ def _trade_off(
             hoverinfo="skip",
         )
     )
+    arms = []  # plain values: of objects plotly makes another two copies
     for place, (row, x, x_half, y, y_half) in enumerate(points):
         look, leads = looks[row.arm], place in front
         labelled = len(points) <= len(PALETTE)  # more would lie on each other
-        figure.add_trace(
-            go.Scatter(
-                x=[x],
-                y=[y],
-                error_x={"array": [x_half], "thickness": 1, "width": 3},
-                error_y={"array": [y_half], "thickness": 1, "width": 3},
-                text=[_text(_short(row.arm))] if labelled else None,
-                textposition="top right",
-                mode="markers+text" if labelled else "markers",
-                marker={
+        arms.append(
+            {
+                "type": "scatter",
+                "x": [x],
+                "y": [y],
+                "error_x": {"array": [x_half], "thickness": 1, "width": 3},
+                "error_y": {"array": [y_half], "thickness": 1, "width": 3},
+                "text": [_text(_short(row.arm))] if labelled else None,
+                "textposition": "top right",
+                "mode": "markers+text" if labelled else "markers",
+                "marker": {
                     "color": look.colour,
                     "symbol": look.symbol if leads else f"{look.symbol}-open",
                     "size": 14 if row.is_baseline else 11,
                 },
-                meta=_text(_label(row)),
-                hovertemplate="%{y:.2f} at %{x:.4g}<extra>%{meta}</extra>",
-                showlegend=False,
-            )
+                "meta": _text(_label(row)),
+                "hovertemplate": "%{y:.2f} at %{x:.4g}<extra>%{meta}</extra>",
+                "showlegend": False,
+            }
         )
+    figure.add_traces(arms)
     _finish(figure, title, column.heading)
     for update, centres in (
         (figure.update_xaxes, [(x, half) for _, x, half, *_ in points]),
