@@ -85,6 +85,19 @@ def statistics_in_evaluation(recipe, folder):
     return found
 
 
+def class_losses(recipe, rank):
+    """Return the class loss after every update for an image of this worker, and its objects."""
+    recipe = dataclasses.replace(recipe, loss=dataclasses.replace(recipe.loss, cls=1.0))
+    dataset = build_dataset(recipe.data, "train", seed=0)
+    batch = collate([dataset.load(rank, epoch=0)])
+    torch.manual_seed(0)
+    model = build_model(recipe, dataset.categories).eval()
+    with torch.no_grad():
+        stages = model.criterion(model(batch.images), batch.targets).stages
+    losses = [stage.cls.item() for stage in stages if stage.cls is not None]
+    return {"losses": losses, "objects": len(batch.targets[0].labels)}
+
+
 def nan_on_the_second_worker(recipe, folder, rank):
     """Return this worker's error when only the second worker's loss is not finite."""
     dataset = build_dataset(recipe.data, "train", seed=0)
@@ -121,10 +134,11 @@ def error_of(work):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    recipe = load_recipe(folder)
+    alone = class_losses(recipe, rank)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    recipe = load_recipe(folder)
     accumulating = dataclasses.replace(
         recipe, train=dataclasses.replace(recipe.train, micro_batch=1)
     )
@@ -142,6 +156,8 @@ def work(rank, folder):
         "synchronised": synchronised_on_a_cpu(recipe, folder / "synchronised"),
         "activations": activations(recipe, folder / "whole" / "checkpoint_4"),
         "statistics": statistics_in_evaluation(recipe, folder / "statistics"),
+        "class_alone": alone,
+        "class_together": class_losses(recipe, rank),
         "nan": nan_on_the_second_worker(recipe, folder, rank),
     }
     (folder / f"result{rank}.json").write_text(json.dumps(results))

@@ -2,7 +2,8 @@
 
 A worker's mask, dice and seg losses are means over its own micro-batch, and gradients are averaged
 over workers: exactly what one process does that accumulates over the workers' micro-batches. Only
-the class loss differs by design, as it counts objects over all workers; its weight is 0 here.
+the class loss differs by design, as it counts objects over all workers; its weight is 0 there, and
+it is compared by itself.
 """
 
 import dataclasses
@@ -111,6 +112,14 @@ def test_two_workers_train_as_one_process_would(workers, recipe, tmp_path):
     assert workers[0]["statistics"] == workers[1]["statistics"]
     assert workers[0]["statistics"][-1] == [b.double().sum().item() for b in saved.buffers()]
     assert workers[0]["statistics"][0] != workers[0]["statistics"][1]
+
+    # The sum over a worker's kernels is divided by the mean of both workers' objects.
+    objects = [worker["class_alone"]["objects"] for worker in workers]
+    assert objects[0] != objects[1]
+    for worker, own in zip(workers, objects, strict=True):
+        expected = [loss * own / (sum(objects) / 2) for loss in worker["class_alone"]["losses"]]
+        assert worker["class_together"]["losses"] == pytest.approx(expected, rel=1e-6)
+        assert len(expected) == 2  # updates
 
     assert [worker["mean"] for worker in workers] == [[0.5, 1.0]] * 2
     assert [worker["gathered"] for worker in workers] == [[{"rank": 0}, {"rank": 1}], []]
