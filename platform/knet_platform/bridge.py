@@ -148,6 +148,8 @@ class Bridge(ray.tune.Callback):
         kept = {"trial_hash": hash_of(trial)}
         trial.config = kept
         trial.evaluated_params = {}
+        trial.experiment_tag = ""  # has the recipe in it, too
+        trial.last_result.clear()
         trial.last_result["config"] = kept
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()

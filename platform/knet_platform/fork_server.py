@@ -29,12 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-SHARED = ("ray", "timm", "pandas", "pydantic", "pyarrow.dataset", "pyarrow.fs", "scipy.optimize")
-"""What takes the most time of what drivers and workers import.
-
-Not `ray.train` nor `ray.tune`: they define actors, each of which takes a random number from Ray,
-and from then on all the forked would draw the same ones, for the names of what they ask for.
-"""
+SHARED = (
+    *("ray.train.torch", "ray.tune", "ray.experimental.channel", "pyarrow.dataset", "pyarrow.fs"),
+    *("timm", "torchvision.transforms.v2", "scipy.optimize", "scipy.ndimage", "pycocotools.mask"),
+    "omegaconf",
+)
+"""What takes the most time of what drivers and workers import."""
 IDLE_SECONDS = 300.0
 """After which a server that nobody asks ends."""
 _SERVE = "--serve"
@@ -122,8 +122,9 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
     """Fork for every request until the raylet ends, or nobody asks; return in the forked alone."""
     ended = os.pidfd_open(raylet)
     asked = listener.fileno()
-    for name in SHARED:
-        importlib.import_module(name)
+    with _class_ids_from_the_system():
+        for name in SHARED:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no collection of the forked looks at all this again, which would copy it
     atexit.register(gc.unfreeze)  # else nanobind takes what is never freed for leaks, and says so
@@ -152,6 +153,30 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
                 connection.send(b"1")
             for stream in streams:
                 os.close(stream)
+
+
+@contextmanager
+def _class_ids_from_the_system() -> Iterator[None]:
+    """Let modules define actors without taking a random number from Ray.
+
+    Its generator, once begun, would be copied into the forked: all would draw the same numbers,
+    for the names of what they ask for.
+    """
+    import ray.actor
+
+    known = vars(ray.actor)
+    kind = known["ActorClassID"]
+
+    class FromTheSystem:
+        @staticmethod
+        def from_random() -> Any:
+            return kind(os.urandom(kind.size()))
+
+    known["ActorClassID"] = FromTheSystem
+    try:
+        yield
+    finally:
+        known["ActorClassID"] = kind
 
 
 def _end_unless_asked(listener: socket.socket, address: Path) -> None:

@@ -261,13 +261,18 @@ class FakeGauge:
         self.heard.append(value)
 
 
+@pytest.fixture
+def ray_gauges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges, "Gauge", FakeGauge)
+    monkeypatch.setattr(gauges, "Counter", FakeGauge)
+
+
+@pytest.mark.usefixtures("ray_gauges")
 def test_gauges_are_repeated_until_closed_and_counters_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ray forgets a gauge's value once it has handed it on."""
     monkeypatch.setattr(gauges, "REPEAT_SECONDS", 0.01)
-    monkeypatch.setattr(gauges, "Gauge", FakeGauge)
-    monkeypatch.setattr(gauges, "Counter", FakeGauge)
     record = ToRay()
     record("knet_sweep_retries", 1.0, {"sweep": "s", "cause": "hang"})
     record("knet_sweep_cost_usd", 2.0, {"sweep": "s"})
@@ -281,6 +286,35 @@ def test_gauges_are_repeated_until_closed_and_counters_are_not(
     assert record._of("knet_sweep_gpu_seconds").heard == let_go
     assert counter.heard == [1.0]
     assert not [thread for thread in threading.enumerate() if thread.name == "gauges"]
+
+
+@pytest.mark.usefixtures("ray_gauges")
+def test_labels_that_ray_would_keep_for_nothing_are_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of an attempt shorter than the pause nothing is told; of all that stays, the last value."""
+    monkeypatch.setattr(gauges, "REPEAT_SECONDS", 600.0)
+    record = ToRay()
+    record("knet_trial_step", 1.0, A0)
+    record("knet_trial_step", None, A0)
+    record("knet_sweep_cost_usd", 2.0, {"sweep": "s"})
+    record("knet_sweep_cost_usd", 3.0, {"sweep": "s"})
+    record.close()
+    assert record._of("knet_trial_step").heard == []
+    assert record._of("knet_sweep_cost_usd").heard == [3.0]
+
+
+@pytest.mark.usefixtures("ray_gauges")
+def test_what_has_been_told_once_is_told_at_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges, "REPEAT_SECONDS", 0.01)
+    record = ToRay()
+    record("knet_trial_step", 1.0, A0)
+    step = record._of("knet_trial_step")
+    assert step.again.wait(10)
+    monkeypatch.setattr(gauges, "REPEAT_SECONDS", 600.0)
+    record("knet_trial_step", 2.0, A0)
+    assert 2.0 in step.heard
+    record.close()
 
 
 def test_names_and_units_are_prometheus() -> None:

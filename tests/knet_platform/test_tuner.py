@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from knet_core import Recipe, load_model
+from knet_platform import gauges
 from knet_platform.cli.main import main
 from knet_platform.errors import CapacityError, UsageError
 from knet_platform.gauges import ToRay, TrialGauges
@@ -171,6 +172,7 @@ def done(
         (faults / trial.hash / "pause").write_text("1")
     with pytest.MonkeyPatch.context() as patch:
         make_home(folder, patch)
+        patch.setattr(gauges, "REPEAT_SECONDS", 0.25)  # as the cluster's processes hurry, too
         with redirect_stdout(io.StringIO()) as output:
             code = main(["run", str(folder / "broken.yaml"), "--json"])
         outcome = json.loads(output.getvalue())
