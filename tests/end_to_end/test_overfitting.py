@@ -141,7 +141,7 @@ def test_instance_segmentation_learns_four_photographs(four_photographs: Path) -
         "coco_panoptic.yaml",
         four_photographs,
         PHOTOGRAPH_EDGE,
-        *steps(70, 4),
+        *steps(50, 4),
     )
     assert metrics["val/AP"] >= 0.6
 
