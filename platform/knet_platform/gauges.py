@@ -87,6 +87,10 @@ Record = Callable[[str, float | None, dict[str, str]], None]
 labels."""
 
 
+_Key = tuple[str, tuple[tuple[str, str], ...]]
+"""Name and labels of one series."""
+
+
 class ToRay:
     """Records for the agent of this node, from a process that is connected to Ray.
 
@@ -100,8 +104,8 @@ class ToRay:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
-        self._latest: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self._told: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+        self._latest: dict[_Key, float] = {}
+        self._told: set[_Key] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
