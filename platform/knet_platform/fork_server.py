@@ -2,7 +2,8 @@
 
 `python -m knet_platform.fork_server SCRIPT ...` does what `python SCRIPT ...` would,
 in a child of a server that a job's first call on a node starts (docs/adr/0020-fork-server.md).
-Nothing of the project is imported before the fork.
+That server is a child itself: of one below all jobs, which knows nothing of Ray.
+Nothing of the project is imported before the last fork.
 """
 
 import atexit
@@ -23,20 +24,23 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 SHARED = (
-    *("ray.train.torch", "ray.tune", "ray.experimental.channel", "pyarrow.dataset", "pyarrow.fs"),
-    *("timm", "torchvision.transforms.v2", "scipy.optimize", "scipy.ndimage", "pycocotools.mask"),
-    "omegaconf",
+    *("pandas", "pyarrow.dataset", "pyarrow.fs", "timm", "torchvision.transforms.v2"),
+    *("scipy.optimize", "scipy.ndimage", "pycocotools.mask", "omegaconf"),
 )
-"""What takes the most time of what drivers and workers import."""
+"""What takes the most time of what drivers and workers import, but for Ray."""
+RAYS = ("ray.train.torch", "ray.tune", "ray.experimental.channel")
+"""The same of Ray, which notes its job when it is imported."""
 IDLE_SECONDS = 300.0
 """After which a server that nobody asks ends."""
+_UNREAD = ("KNET_", "PL_", "RAY_", "TUNE_")
+"""Beginnings of variables that no import of `SHARED` looks at."""
 _SERVE = "--serve"
 _CHUNK = 2**20
 
@@ -49,13 +53,10 @@ def executable() -> str:
 
 def _ask(argv: Sequence[str]) -> None:
     """Have a process made with this one's streams and surroundings; without a server be it."""
-    request = {"argv": argv, "env": dict(os.environ), "cwd": str(Path.cwd())}
     try:
-        with _connected() as connection:
-            socket.send_fds(connection, [b"3"], [0, 1, 2])
-            connection.sendall(json.dumps(request).encode())
-            connection.shutdown(socket.SHUT_WR)
-            done = connection.recv(1)
+        with _job_server() as server:
+            _request(server, [0, 1, 2], argv=argv, env=dict(os.environ), cwd=str(Path.cwd()))
+            done = server.recv(1)
     except OSError as error:
         print(f"fork server: {error}", file=sys.stderr)
         done = b""
@@ -63,18 +64,52 @@ def _ask(argv: Sequence[str]) -> None:
         os.execv(sys.executable, [sys.executable, *argv])
 
 
-def _connected() -> socket.socket:
-    """Connect to the server of the raylet, which is this process's parent; start it if need be."""
-    # All that an import may look at. Ray's looks at its job, so each job has a server.
-    told = json.dumps([sys.executable, sys.path, dict(os.environ)], sort_keys=True)
-    address = _folder() / f"{os.getppid()}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+def _request(server: socket.socket, streams: Sequence[int], **what: object) -> None:
+    socket.send_fds(server, [b"3"], streams)
+    server.sendall(json.dumps(what).encode())
+    server.shutdown(socket.SHUT_WR)
+
+
+def _job_server() -> socket.socket:
+    """Connect to the job's server of the raylet, which is this process's parent."""
+    folder, raylet, env = _folder(), os.getppid(), dict(os.environ)
+    rest = {name: value for name, value in env.items() if not name.startswith(_UNREAD)}
+    address, below = folder / f"{raylet}-{_digest(env)}", folder / _digest(rest)
+
+    def start_below(listener: socket.socket) -> None:
+        command = [sys.executable, "-m", __spec__.name, _SERVE, str(below)]
+        subprocess.Popen(command, stdin=listener.fileno(), env=rest, start_new_session=True)
+
+    def start(listener: socket.socket) -> None:
+        with _connected(below, start_below) as server:
+            streams = [listener.fileno(), 1, 2]
+            _request(server, streams, env=env, raylet=raylet, address=str(address))
+
+    with _locked(folder):
+        return _connected(address, start)
+
+
+def _digest(env: Mapping[str, str]) -> str:
+    """Return a name for all that an import may look at."""
+    told = json.dumps([sys.executable, sys.path, env], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def _connected(address: Path, start: Callable[[socket.socket], None]) -> socket.socket:
+    """Connect to the server at an address, which is started if need be.
+
+    Whoever connects waits until it has imported everything.
+    """
     connection = socket.socket(socket.AF_UNIX)
-    with _locked(address.parent):
-        try:
-            connection.connect(str(address))
-        except (FileNotFoundError, ConnectionRefusedError):
-            _start(address)
-            connection.connect(str(address))
+    try:
+        connection.connect(str(address))
+    except (FileNotFoundError, ConnectionRefusedError):
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(address))
+            listener.listen(128)
+            start(listener)
+        connection.connect(str(address))
     return connection
 
 
@@ -103,36 +138,45 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _start(address: Path) -> None:
-    """Start a server; whoever connects waits until it has imported everything."""
-    address.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(address))
-        listener.listen(128)
-        place = str(listener.fileno())
-        subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, _SERVE, place, str(os.getppid()), str(address)],
-            pass_fds=[listener.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-
-def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any]:
-    """Fork for every request until the raylet ends, or nobody asks; return in the forked alone."""
-    ended = os.pidfd_open(raylet)
-    asked = listener.fileno()
+def _serve(address: Path) -> NoReturn:
+    """Be the server below all jobs; its forks are their servers, and those fork what is asked."""
+    _import(SHARED)
+    job = _forked(address)
+    os.environ.clear()
+    os.environ.update(job["env"])
     with _class_ids_from_the_system():
-        for name in SHARED:
-            importlib.import_module(name)
+        _import(RAYS)
+    _become(**_forked(Path(job["address"]), raylet=job["raylet"]))
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # no collection of the forked looks at all this again, which would copy it
     atexit.register(gc.unfreeze)  # else nanobind takes what is never freed for leaks, and says so
+
+
+def _forked(address: Path, raylet: int | None = None) -> dict[str, Any]:
+    """Fork for each request, and return it in the forked alone, with the streams it came with.
+
+    Requests come from the standard input, a socket that listens at the address. It ends when
+    nobody asks for long, and with the raylet; without one, with the last that it has forked.
+    """
+    listener = socket.socket(fileno=0)
+    asked = listener.fileno()
+    followed = [] if raylet is None else [os.pidfd_open(raylet)]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     while True:
-        ready, _, _ = select.select([asked, ended], [], [], IDLE_SECONDS)
-        if asked not in ready:
+        patience = IDLE_SECONDS if followed else 0
+        ready, _, _ = select.select([asked, *followed], [], [], patience)
+        if not ready:
             _end_unless_asked(listener, address)
+        if asked not in ready:
+            for ended in ready:
+                followed.remove(ended)
+                os.close(ended)
+            continue
         connection, _ = listener.accept()
         with connection:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
@@ -140,16 +184,22 @@ def _serve(listener: socket.socket, raylet: int, address: Path) -> dict[str, Any
             with warnings.catch_warnings():
                 # Python's, about threads: jemalloc's and OpenBLAS's, which are made for forks.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                forked = os.fork() == 0
-            if forked:
-                os.close(ended)
+                forked = os.fork()
+            if not forked:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.setsid()
+                for each in followed:
+                    os.close(each)
                 listener.close()
                 for place, stream in enumerate(streams):
                     os.dup2(stream, place)
                     os.close(stream)
                 request: dict[str, Any] = json.loads(data)
                 return request
-            with suppress(BrokenPipeError):  # killed while it waited
+            if raylet is None:
+                with suppress(ProcessLookupError):  # has ended already
+                    followed.append(os.pidfd_open(forked))
+            with suppress(BrokenPipeError):  # killed while it waited, or does not wait
                 connection.send(b"1")
             for stream in streams:
                 os.close(stream)
@@ -188,8 +238,6 @@ def _end_unless_asked(listener: socket.socket, address: Path) -> None:
 
 def _become(argv: Sequence[str], env: dict[str, str], cwd: str) -> NoReturn:
     """Be what a new interpreter would be that runs a script."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -205,6 +253,5 @@ def _become(argv: Sequence[str], env: dict[str, str], cwd: str) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1] == _SERVE:
-        listening = socket.socket(fileno=int(sys.argv[2]))
-        _become(**_serve(listening, int(sys.argv[3]), Path(sys.argv[4])))
+        _serve(Path(sys.argv[2]))
     _ask(sys.argv[1:])

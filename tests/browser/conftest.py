@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[webdriver.Chrome]:
+def started_browser() -> Iterator[webdriver.Chrome]:
     driver = shutil.which("chromedriver")
     assert driver, "no chromedriver; expected Debian's: apt-get install chromium chromium-driver"
     options = webdriver.ChromeOptions()
@@ -33,3 +33,9 @@ def browser() -> Iterator[webdriver.Chrome]:
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield browser
     browser.quit()
+
+
+@pytest.fixture
+def browser(started_browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
+    yield started_browser
+    started_browser.get("about:blank")  # a page that nobody looks at takes a tenth of a core

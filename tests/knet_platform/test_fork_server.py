@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from knet_platform.fork_server import SHARED, executable
+from knet_platform.fork_server import RAYS, SHARED, executable
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """\
@@ -72,7 +72,7 @@ def test_a_forked_process_is_as_a_new_one_that_has_imported_what_takes_long(
         assert process["name"] == "__main__"
         assert process["session"]
         assert process["children"]
-        assert set(SHARED) <= set(process["modules"])
+        assert {*SHARED, *RAYS} <= set(process["modules"])
         assert not [name for name in process["modules"] if name.startswith("knet_")]
         assert process["job"] == "01000000"
     assert first["parent"] == second["parent"], "one server made both"
