@@ -39,8 +39,8 @@ RAYS = ("ray.train.torch", "ray.tune", "ray.experimental.channel")
 """The same of Ray, which notes its job when it is imported."""
 IDLE_SECONDS = 300.0
 """After which a server that nobody asks ends."""
-_UNREAD = ("KNET_", "PL_", "RAY_", "TUNE_")
-"""Beginnings of variables that no import of `SHARED` looks at."""
+_UNREAD = ("PL_", "RAY_", "TUNE_")
+"""Beginnings of Ray's variables, which no import of `SHARED` looks at."""
 _SERVE = "--serve"
 _CHUNK = 2**20
 
