@@ -14,16 +14,16 @@ from knet_platform.fork_server import RAYS, SHARED, executable
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """\
-import json, os, random, signal, sys
+import atexit, json, os, random, signal, sys
 known = sorted(sys.modules)
 import numpy
 from ray._raylet import UniqueID
-print(json.dumps({
+atexit.register(print, json.dumps({
     "argv": sys.argv, "cwd": os.getcwd(), "job": os.environ["RAY_JOB_ID"], "path": sys.path[0],
     "session": os.getsid(0) == os.getpid(), "parent": os.getppid(), "name": __name__,
     "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "modules": known,
     "random": [random.random(), numpy.random.rand(), UniqueID.from_random().hex()],
-}), flush=True)
+}))
 """
 
 
