@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint lock audit clean
+.PHONY: setup demo test lint pytest lock audit clean
 
 setup: .venv/installed
 
@@ -17,7 +17,11 @@ setup: .venv/installed
 demo: setup
 	cluster/demo.sh
 
-test: setup lint
+# Tests wait a twentieth of their time, for processes of their own: long enough for the linters.
+test: setup
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: setup
