@@ -116,9 +116,7 @@ def _run(job: TrialJob, store: TrialStore, train: Train) -> None:
     result = _result(job, store, device, time.monotonic() - began, policy.images_at_once)
     store.write_result(result)
     final = {"step": result.step, "time": time.time(), "metrics": result.metrics}
-    # What a group of workers reported last, before Ray Train replaced it, nobody may have heard.
-    curve = _points(store) if result.earlier_workers else []
-    ray.tune.report({"outcome": "finished", "points": [*curve, final]})
+    ray.tune.report({"outcome": "finished", "points": [final]})
 
 
 def _waits(job: TrialJob, store: TrialStore) -> bool:
@@ -178,6 +176,8 @@ def _fit(
         job.workers,
         train_worker,
         on_report=lambda report, saved: ray.tune.report({**report, "saved": saved}),
+        # Before later points: curves only grow at their ends.
+        on_restart=lambda: ray.tune.report({"points": _points(store)}),
         train_loop_config={
             **asdict(job),
             "attempt": attempt,

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-from ray.train.v2._internal.execution.callback import ReportCallback
+from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -63,6 +63,7 @@ class Trainer(TorchTrainer):
         worker: Any,
         *,
         on_report: Listen,
+        on_restart: Callable[[], None],
         **options: Any,
     ) -> None:
         """Prepare a trial's attempt.
@@ -70,12 +71,14 @@ class Trainer(TorchTrainer):
         Args:
             counts: Numbers of workers that it may have, ascending.
             worker: What each of them runs.
-            on_report: Hears of every report.
+            on_report: Hears of every report, but perhaps not of a group's last ones: Ray Train may
+                replace it before it passes them on.
+            on_restart: Is called before every group but the first, when the one before is gone.
             options: Of `TorchTrainer`; its scaling goes from the least to the most of `counts`.
         """
         super().__init__(worker, **options)
         self._counts = counts
-        self._listener = _Listener(on_report)
+        self._listener = _Listener(on_report, on_restart)
         if len(counts) > 1:
             # Other trials wait for the workers of those before them as long as it takes; an
             # elastic one decides again, as there may be room for fewer.
@@ -96,9 +99,16 @@ class Trainer(TorchTrainer):
         return controller.get_result()
 
 
-class _Listener(ReportCallback):
-    def __init__(self, on_report: Listen) -> None:
+class _Listener(ReportCallback, WorkerGroupCallback):
+    def __init__(self, on_report: Listen, on_restart: Callable[[], None]) -> None:
         self._on_report = on_report
+        self._on_restart = on_restart
+        self._started = False
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self._started:
+            self._on_restart()
+        self._started = True
 
     def after_report(self, training_report: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
         self._on_report(metrics[0], training_report.checkpoint is not None)

@@ -9,6 +9,7 @@ starts. A test writes `$KNET_TEST_FAULTS/<trial hash>/<fault>`:
     pause                            seconds before each step; node and step are left in `place`
     hold                             number of the step before which all wait while this is there
     watch                            seconds between looks for drained nodes, which tests else omit
+    deaf                             number of the step whose report the driver does not hear
 """
 
 import functools
@@ -55,7 +56,22 @@ def _faulty_driver(run_trial):
         if (watch := faults / "watch").exists():
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"
             os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = watch.read_text()
-        run_trial(config, *args, **options)
+        import ray.tune
+
+        report = ray.tune.report
+        ray.tune.report = _hard_of_hearing(report, faults / "deaf")
+        try:
+            run_trial(config, *args, **options)
+        finally:
+            ray.tune.report = report
+
+    return run
+
+
+def _hard_of_hearing(report, deaf):
+    def run(metrics):
+        if not deaf.exists() or metrics.get("step") != int(deaf.read_text()):
+            report(metrics)
 
     return run
 

@@ -162,8 +162,8 @@ def test_a_trials_least_comes_before_the_growth_of_others(make: Make) -> None:
 def test_only_an_elastic_trial_gives_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1e6")
     fixed = ray.train.ScalingConfig(num_workers=2)
-    Trainer([2], print, on_report=print, scaling_config=fixed)
+    Trainer([2], print, on_report=print, on_restart=print, scaling_config=fixed)
     assert groups.os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "1e6"
     elastic: Any = ray.train.ScalingConfig(num_workers=(2, 4))  # type: ignore[arg-type]
-    Trainer([2, 4], print, on_report=print, scaling_config=elastic)
+    Trainer([2, 4], print, on_report=print, on_restart=print, scaling_config=elastic)
     assert groups.os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "60"
