@@ -17,12 +17,12 @@ setup: .venv/installed
 demo: setup
 	cluster/demo.sh
 
-# Tests wait a twentieth of their time, for processes of their own: long enough for the linters.
+# Tests wait for processes of their own: long enough for the linters, and for one runner more than cores.
 test: setup
 	$(MAKE) --jobs=2 lint pytest
 
 pytest: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check

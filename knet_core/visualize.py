@@ -220,7 +220,8 @@ def contact_sheet(images: Sequence[Pixels], *, columns: int = 2, gap: int = 4) -
             x += width + gap
         y += height + gap
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, format="PNG")
+    # Workers wait for it: at level 6 photographs take three times as long and a twelfth less room.
+    Image.fromarray(sheet).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Every shipped recipe: what it parses to, how large its model is, and that it trains a step."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ FORMATS = {"instance": "coco", "panoptic": "coco_panoptic", "semantic": "ade20k"
 every_recipe = pytest.mark.parametrize("name", sorted(PARAMETERS))
 
 
+@cache
 def load(name):
     return load_recipe(RECIPES / f"{name}.yaml")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -139,9 +140,16 @@ def file_of(name):
     return SWEEPS / f"{name}.yaml"
 
 
+@cache
 def load_full(name):
     """The sweep as published, but for its data: the recipes' own sets are not at hand."""
     return load_sweep(file_of(name), overrides=SHAPES)
+
+
+@cache
+def load_at_laptop_scale(path):
+    """The recipes of its arms, on the set of `at_hand`."""
+    return {trial.arm: trial.recipe for trial in load_sweep(path, scale="laptop", seeds=1).trials}
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +280,7 @@ def arms_of(path):
     ("path", "arm"), [case for path in sorted(SWEEPS.glob("*.yaml")) for case in arms_of(path)]
 )
 def test_an_arm_at_laptop_scale_is_small_and_trains_a_step(path, arm, at_hand):
-    trials = load_sweep(path, scale="laptop", seeds=1).trials
-    (recipe,) = (trial.recipe for trial in trials if trial.arm == arm)
+    recipe = load_at_laptop_scale(path)[arm]
     torch.manual_seed(0)
     dataset = build_dataset(recipe.data, "train", seed=0, task=recipe.model.task)
     model = build_model(recipe, dataset.categories).train()
