@@ -21,9 +21,7 @@ demo: setup
 test: setup
 	$(MAKE) --jobs=2 lint pytest
 
-# Looking for tests compiles what they import, which else each of the three would do at the same time.
 pytest: setup
-	$(BIN)/python -m pytest --collect-only --quiet --quiet
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
 
 lint: setup
