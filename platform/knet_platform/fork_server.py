@@ -170,11 +170,13 @@ def _forked(address: Path, raylet: int | None = None) -> dict[str, Any]:
     """Fork for each request, and return it in the forked alone, with the streams it came with.
 
     Requests come from the standard input, a socket that listens at the address. It ends when
-    nobody asks for long, and with the raylet; without one, with the last that it has forked.
+    nobody asks for long, and with the raylet; without one, with the last that it has forked, or
+    when a file that it has imported is another now: jobs that come later must not have the old.
     """
     listener = socket.socket(fileno=0)
     asked = listener.fileno()
     followed = [] if raylet is None else [os.pidfd_open(raylet)]
+    imported = _imported_files()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     while True:
         patience = IDLE_SECONDS if followed else 0
@@ -186,6 +188,9 @@ def _forked(address: Path, raylet: int | None = None) -> dict[str, Any]:
                 followed.remove(ended)
                 os.close(ended)
             continue
+        if raylet is None and imported.items() - _imported_files().items():
+            address.unlink(missing_ok=True)
+            _end()
         connection, _ = listener.accept()
         with connection:
             _, streams, _, _ = socket.recv_fds(connection, 1, 3)
@@ -212,6 +217,20 @@ def _forked(address: Path, raylet: int | None = None) -> dict[str, Any]:
                 connection.send(b"1")
             for stream in streams:
                 os.close(stream)
+
+
+def _imported_files() -> dict[str, tuple[int, int] | None]:
+    """Return size and time of every file that a module came from; None: it is gone."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for module in list(sys.modules.values()):
+        if file := getattr(module, "__dict__", {}).get("__file__"):
+            try:
+                status = Path(file).stat()
+            except OSError:
+                found[file] = None
+            else:
+                found[file] = status.st_size, status.st_mtime_ns
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ray._raylet import UniqueID
 atexit.register(print, json.dumps({
     "argv": sys.argv, "cwd": os.getcwd(), "job": os.environ["RAY_JOB_ID"], "path": sys.path[0],
     "session": os.getsid(0) == os.getpid(), "parent": os.getppid(), "name": __name__,
+    "below": int(open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[1]),
     "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "modules": known,
     "random": [random.random(), numpy.random.rand(), UniqueID.from_random().hex()],
 }))
@@ -29,7 +31,7 @@ atexit.register(print, json.dumps({
 
 @pytest.fixture
 def call(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
-    """Return what runs a script so many times, as a raylet would.
+    """Return what runs a script as a raylet would, by each of some commands' beginnings.
 
     It gives what the script printed each time, and all errors, once everything has ended.
     """
@@ -37,9 +39,9 @@ def call(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
     script.parent.mkdir()
     script.write_text(SCRIPT)
 
-    def run(times: int, first: Path | None = None) -> tuple[list[dict[str, Any]], str]:
+    def run(*lines: str, first: Path | None = None) -> tuple[list[dict[str, Any]], str]:
         command = f"{executable()} {shlex.quote(str(script))} --option 'a b'"
-        calls = f"(exec {command}); " * times + "true"
+        calls = "".join(f"({line} exec {command}); " for line in lines) + "true"
         searched = [*([first] if first else []), ROOT, ROOT / "platform"]
         environment = os.environ | {
             "TMPDIR": str(tmp_path),
@@ -63,8 +65,14 @@ def call(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
 def test_a_forked_process_is_as_a_new_one_that_has_imported_what_takes_long(
     call: Callable[..., tuple[list[dict[str, Any]], str]], tmp_path: Path
 ) -> None:
-    (first, second), errors = call(2)
-    assert errors == ""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "timm.py").touch()
+    other = "RAY_JOB_ID=02000000"
+    changed = f"(echo new = 1 > {own}/timm.py); RAY_JOB_ID=03000000"
+    (first, second, of_another_job, later), errors = call("", "", other, changed, first=own)
+    assert errors.startswith("fork server: [Errno 104]")
+    assert errors.count("\n") == 1
     folder = tmp_path / "there"
     for process in (first, second):
         assert process["argv"] == [str(folder / "script.py"), "--option", "a b"]
@@ -76,9 +84,14 @@ def test_a_forked_process_is_as_a_new_one_that_has_imported_what_takes_long(
         assert not [name for name in process["modules"] if name.startswith("knet_")]
         assert process["job"] == "01000000"
     assert first["parent"] == second["parent"], "one server made both"
+    assert of_another_job["parent"] != first["parent"]
+    assert of_another_job["below"] == first["below"], "one server made both servers"
+    assert not {*SHARED, *RAYS} & set(later["modules"]), "a package had changed meanwhile"
     for ours, theirs in zip(first["random"], second["random"], strict=True):
         assert ours != theirs
-    assert list(tmp_path.glob("knet-fork-*/*")) == [], "the server ended with the raylet"
+    for address in tmp_path.glob("knet-fork-*/*"):  # the servers ended with the raylet
+        with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+            late.connect(str(address))
 
 
 def test_without_a_server_it_is_a_plain_interpreter(
@@ -88,12 +101,12 @@ def test_without_a_server_it_is_a_plain_interpreter(
     folder = tmp_path / f"knet-fork-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)
-    (process,), errors = call(1)
+    (process,), errors = call("")
     assert "timm" not in process["modules"]
     assert f"fork server: {folder}: expected a folder of this user alone" in errors
 
     folder.chmod(0o700)
     (tmp_path / "timm.py").write_text("raise ImportError('broken')")
-    (process,), errors = call(1, first=tmp_path)
+    (process,), errors = call("", first=tmp_path)
     assert "timm" not in process["modules"]
     assert "ImportError: broken" in errors
