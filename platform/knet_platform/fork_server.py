@@ -41,7 +41,7 @@ RAYS = ("ray.train.torch", "ray.tune", "ray.experimental.channel")
 IDLE_SECONDS = 300.0
 """After which a server that nobody asks ends."""
 _UNREAD = ("PL_", "RAY_", "TUNE_")
-"""Beginnings of Ray's variables, which no import of `SHARED` looks at."""
+"""Beginnings of the variables that Ray sets, which no import of `SHARED` looks at."""
 _SERVE = "--serve"
 _CHUNK = 2**20
 

@@ -71,7 +71,7 @@ def test_a_forked_process_is_as_a_new_one_that_has_imported_what_takes_long(
     other = "RAY_JOB_ID=02000000"
     changed = f"(echo new = 1 > {own}/timm.py); RAY_JOB_ID=03000000"
     (first, second, of_another_job, later), errors = call("", "", other, changed, first=own)
-    assert errors.startswith("fork server: [Errno 104]")
+    assert errors.startswith("fork server: [Errno ")  # which one is a matter of moments
     assert errors.count("\n") == 1
     folder = tmp_path / "there"
     for process in (first, second):
