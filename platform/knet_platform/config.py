@@ -181,6 +181,8 @@ def resolve(layers: Sequence[Layer], *, built: dict[str, Any] | None = None) -> 
         raise ConfigError(
             [f"{sources.get(p.split(':')[0], main)}: {p}" for p in _range_problems(values)]
         ) from error
+    if problems := list(_unread_problems(recipe, sources)):
+        raise ConfigError(problems)
     return recipe
 
 
@@ -312,6 +314,23 @@ def _key_problem(key: str, value: Any) -> str | None:
         if isinstance(item, str) and ("${" in item or item == "???"):
             return f"got '{item}', expected the value itself (nothing is interpolated here)"
     return None
+
+
+def _unread_problems(recipe: Recipe, sources: Mapping[str, str]) -> Iterator[str]:
+    """Name what was typed of the data set and is not read in its format.
+
+    Files may hold both: a checkpoint's recipe has every key.
+    """
+    rendered = recipe.data.format == "shapes"
+    expected = (
+        "no files are read; for files give data=sweeps/data/coco.yaml, or another beside it"
+        if rendered
+        else "nothing is rendered; for rendered images give data=sweeps/data/shapes.yaml"
+    )
+    for key, source in sources.items():
+        typed = source == COMMAND_LINE and _describes(key) and key != "data.format"
+        if typed and rendered != key.startswith("data.shapes."):
+            yield f"{source}: {key}: with data.format={recipe.data.format} {expected}"
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

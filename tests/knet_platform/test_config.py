@@ -160,6 +160,21 @@ def test_keys_refine_a_data_file_wherever_they_stand(tmp_path, swapped):
     assert loaded.data.root == "other"
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "expected"),
+    [
+        (["data.root=mine"], "data.root", "no files are read; for files give data="),
+        (["data.classes=[cat]"], "data.classes", "no files are read"),
+        (["data.format=coco", "data.shapes.size=64"], "data.shapes.size", "nothing is rendered"),
+    ],
+)
+def test_what_is_typed_and_never_read_is_refused(tmp_path, values, key, expected):
+    recipe = write(tmp_path, "r.yaml", "data: {root: old, format: shapes, shapes: {size: 96}}\n")
+    (found,) = problems_of(load_recipe, recipe, overrides=values)
+    assert found.startswith(f"command line: {key}: ")
+    assert expected in found
+
+
 def test_a_data_file_named_in_yaml_lies_beside_it(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data", "mine.yaml", "root: mine\n")

@@ -67,11 +67,23 @@ def test_the_same_run_in_another_sweep_is_the_same_trial(sweep):
     assert first[1].hash == other[0].hash
 
 
-@pytest.mark.parametrize("same", ["data.num_workers=5", "train.log_every=1", "data.root=x"])
+@pytest.mark.parametrize("same", ["data.num_workers=5", "train.log_every=1"])
 def test_what_cannot_change_a_result_does_not_change_the_hash(sweep, same):
     assert (
         load_sweep(sweep()).trials[0].hash == load_sweep(sweep(), overrides=[same]).trials[0].hash
     )
+
+
+def test_where_the_data_lies_does_not_change_the_hash(sweep, tmp_path):
+    def trial_hash(folder: Path) -> str:
+        for split in ("train", "val"):
+            (folder / split).mkdir(parents=True)
+            (folder / "annotations").mkdir(exist_ok=True)
+            (folder / "annotations" / f"instances_{split}.json").write_text("{}")
+        overrides = ["data.format=coco", f"data.root={folder}"]
+        return load_sweep(sweep(), overrides=overrides).trials[0].hash
+
+    assert trial_hash(tmp_path / "here") == trial_hash(tmp_path / "there")
 
 
 @pytest.mark.parametrize("other", ["train.iterations=11", "data.shapes.seed=1", "optim.lr=1"])
