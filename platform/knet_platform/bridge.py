@@ -150,7 +150,7 @@ class Bridge(ray.tune.Callback):
         trial.evaluated_params = {}
         trial.experiment_tag = ""  # has the recipe in it, too
         trial.last_result.clear()
-        trial.last_result["config"] = kept
+        trial.last_result.update(kept, config=kept)  # of one without values Tune prints a line
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()
 

@@ -5,6 +5,7 @@ Faults are ordered as in `test_faults`: what hangs in the middle of an epoch can
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -189,6 +190,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(
         output = log.read_text()
     assert "(baseline)" in output
     assert "knet ui" in output
+    assert not re.search(r"^Trial |Last result", output, re.MULTILINE)  # Tune's own progress
 
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name("killed")
