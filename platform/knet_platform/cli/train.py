@@ -20,7 +20,7 @@ from knet_platform.identity import trial_hash
 from knet_platform.locks import output_lock
 from knet_platform.metrics import MAIN_METRIC
 from knet_platform.staging import fingerprint, staged
-from knet_platform.storage import Store
+from knet_platform.storage import Store, TrialStore
 from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import Budget, Metric, Resources
 
@@ -84,10 +84,8 @@ def run(args: argparse.Namespace) -> int:
         _tracked(tracker, sweep),
         _termination_noted(terminated),
         progress_bar(sweep.name) as advance,
+        _recorded(output, recipe) as checkpoint,
     ):
-        checkpoint = _starting_point(output)
-        if checkpoint is None:
-            _record_provenance(output, recipe)
         for name, content in Store(str(output)).run_folder().provenance_files().items():
             tracker.log_file(trial.hash, name, content)
         result = fit(
@@ -120,14 +118,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record_provenance(output: Path, recipe: "Recipe") -> None:
+@contextmanager
+def _recorded(output: Path, recipe: "Recipe") -> Iterator[Path | None]:
+    """Give the checkpoint to go on from; without one record what the run is made from.
+
+    A run that leaves nothing else, as on unusable data, leaves no record either.
+    """
+    folder = Store(str(output)).run_folder()
+    checkpoint = _starting_point(output)
+    if checkpoint is None:
+        _record_provenance(folder, recipe)
+    try:
+        yield checkpoint
+    finally:
+        record = folder.provenance_files()
+        if set(folder.list()) == set(record):
+            for name in record:
+                folder.delete(name)
+
+
+def _record_provenance(folder: TrialStore, recipe: "Recipe") -> None:
     import torch
 
     from knet_platform.provenance import accelerator, capture
     from knet_platform.source import read_source
 
     source = read_source()
-    folder = Store(str(output)).run_folder()
     folder.write_provenance(capture(recipe, workers=1, source=source), source.patch)
     folder.write_machine(threads=torch.get_num_threads(), accelerator=accelerator())
 

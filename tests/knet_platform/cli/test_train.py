@@ -106,6 +106,25 @@ def test_a_store_that_cannot_be_used_stops_it_before_training(
     assert not (home / "runs").exists()
 
 
+def test_unusable_data_leaves_nothing_behind(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "set", tmp_path / "mine"
+    (root / "annotations").mkdir(parents=True)
+    content = {
+        "images": [{"id": 1, "file_name": "gone.png", "height": 64, "width": 64}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    values = ["data.format=coco", f"data.root={root}"]
+    assert main(["train", str(recipe), *values, "--output", str(out)]) == 5
+    assert f"{root}/train/gone.png" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(
     recipe: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
