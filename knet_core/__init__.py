@@ -30,6 +30,7 @@ from knet_core.errors import (
     NonFiniteError,
     TrainingMemoryError,
 )
+from knet_core.unread_keys import unread
 
 if TYPE_CHECKING:
     from knet_core.checkpoint import load_model
@@ -234,6 +235,7 @@ __all__ = [
     "score_panoptic",
     "score_semantic",
     "served_from",
+    "unread",
     "verify_checkpoint",
     "write_coco",
 ]

@@ -152,6 +152,11 @@ class ModelConfig:
                 f"got {self.num_heads}",
             ),
             (self.ffn_channels >= 1, f"model.ffn_channels: must be >= 1, got {self.ffn_channels}"),
+            (
+                self.task == "semantic" or self.backbone.output_stride == 32,
+                f"model.backbone.output_stride: must be 32 for model.task={self.task}, whose "
+                f"pyramid has strides 4 to 32, got {self.backbone.output_stride}",
+            ),
         )
 
 
@@ -436,6 +441,16 @@ class EvalConfig:
     fps_iterations: int = 50
     """Timed forward passes at the end of a run, one image each (`bench/fps`); 0 measures none."""
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Keys that ask for more than one look at every image, which semantic models take."""
+        asked = {
+            "eval.scales": self.scales != (1.0,),
+            "eval.flip": self.flip,
+            "eval.window": self.window is not None,
+        }
+        return tuple(key for key, value in asked.items() if value)
+
     def __post_init__(self) -> None:
         _check(
             (self.batch_size >= 1, f"eval.batch_size: must be >= 1, got {self.batch_size}"),
@@ -488,7 +503,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check((self.seed >= 0, f"seed: must be >= 0, got {self.seed}"))
+        _check(
+            (self.seed >= 0, f"seed: must be >= 0, got {self.seed}"),
+            *(
+                (
+                    self.model.task == "semantic",
+                    f"{key}: only semantic models are averaged over scales, flips and windows; "
+                    f"leave it out for model.task={self.model.task}",
+                )
+                for key in self.eval.views
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, as written to `recipe.yaml`; tuples become lists."""

@@ -113,10 +113,10 @@ def evaluate(
             f"data: the split to evaluate has {dataset.num_classes} categories, the model "
             f"predicts {model.num_classes}; use the data that the model was trained on"
         )
-    if per_stage and (config.scales != (1.0,) or config.flip or config.window is not None):
+    if per_stage and config.views:
         raise ConfigError(
-            "eval: stages are compared on images seen once and whole; leave out eval.scales, "
-            "eval.flip and eval.window, or the evaluation per stage"
+            f"{config.views[0]}: stages are compared on images seen once and whole; leave out "
+            f"{', '.join(config.views)}, or the evaluation per stage"
         )
     was_training = model.training
     model.eval()

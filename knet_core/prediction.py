@@ -47,18 +47,12 @@ def predict(
         NonFiniteError: An image holds NaN or infinity.
     """
     _check_images(images, sizes)
-    views = {
-        "eval.scales": evaluation.scales != (1.0,),
-        "eval.flip": evaluation.flip,
-        "eval.window": evaluation.window is not None,
-    }
-    if not any(views.values()):
+    if not evaluation.views:
         return model.postprocess(model(images), sizes, stage=stage)
     if not model.task.takes_views:
-        key = next(key for key, asked in views.items() if asked)
         raise ConfigError(
-            f"{key}: only semantic models are averaged over scales, flips and windows; leave out "
-            f"{', '.join(key for key, asked in views.items() if asked)}"
+            f"{evaluation.views[0]}: only semantic models are averaged over scales, flips and "
+            f"windows; leave out {', '.join(evaluation.views)}"
         )
     return [
         _semantic_map(

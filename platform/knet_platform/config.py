@@ -20,9 +20,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from knet_core import ConfigError, Recipe
+from knet_core import ConfigError, Recipe, unread
 
 COMMAND_LINE = "command line"
+SCALE_KEYS = ("recipe", "seeds", "resources")
+"""Of a file in `scales/`."""
 
 # A data file says which data set this is. How its images enter the network (sizes, flips,
 # loader processes) stays with the recipe and the scale unless the file sets it too.
@@ -181,8 +183,6 @@ def resolve(layers: Sequence[Layer], *, built: dict[str, Any] | None = None) -> 
         raise ConfigError(
             [f"{sources.get(p.split(':')[0], main)}: {p}" for p in _range_problems(values)]
         ) from error
-    if problems := list(_unread_problems(recipe, sources)):
-        raise ConfigError(problems)
     return recipe
 
 
@@ -225,14 +225,52 @@ def load_recipe(
         layers.extend(file_layers(path))
     if scale is not None:
         with collecting(problems):
-            layers.extend(scale_layers(scale, read_yaml(scale)))
+            values = read_yaml(scale)
+            problems.extend(
+                f"{scale}: {key}: unknown key{suggestion(key, SCALE_KEYS)}"
+                for key in values
+                if key not in SCALE_KEYS
+            )
+            layers.extend(scale_layers(scale, values))
+    stated: list[Layer] = []
     with collecting(problems):
-        layers.extend(mapping_layers("arm", arm or {}))
+        stated.extend(mapping_layers("arm", arm or {}))
     with collecting(problems):
-        layers.extend(override_layers(overrides))
+        stated.extend(override_layers(overrides))
+    layers.extend(stated)
     if problems:
         raise ConfigError(problems)
-    return resolve(layers)
+    recipe = resolve(layers)
+    if problems := unread_problems(stated, [recipe]):
+        raise ConfigError(problems)
+    return recipe
+
+
+def unread_problems(layers: Iterable[Layer], recipes: Sequence[Recipe]) -> list[str]:
+    """Name the keys that layers set and none of the recipes reads, with what decides that.
+
+    For what somebody states for these very recipes. Files may hold more: a checkpoint's recipe
+    has every key, and a file that others stand on serves several tasks.
+    """
+    decided = [unread(recipe) for recipe in recipes]
+    problems = []
+    for layer in layers:
+        for key in () if layer.describes_data else layer.values:
+            reasons = [_reason(key, found) for found in decided]
+            if reasons[0] and all(reasons):
+                decider, _, value = reasons[0].partition("=")
+                problems.append(
+                    f"{layer.source}: {key}: nothing reads it with {decider}={value}; leave it "
+                    f"out, or change {decider}"
+                )
+    return problems
+
+
+def _reason(key: str, found: Mapping[str, str]) -> str | None:
+    """Return what decides that a key is not read; None if it is."""
+    parts = key.split(".")
+    above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((found[part] for part in above if part in found), None)
 
 
 def scale_layers(path: Path, values: Mapping[str, Any]) -> tuple[Layer, ...]:
@@ -314,23 +352,6 @@ def _key_problem(key: str, value: Any) -> str | None:
         if isinstance(item, str) and ("${" in item or item == "???"):
             return f"got '{item}', expected the value itself (nothing is interpolated here)"
     return None
-
-
-def _unread_problems(recipe: Recipe, sources: Mapping[str, str]) -> Iterator[str]:
-    """Name what was typed of the data set and is not read in its format.
-
-    Files may hold both: a checkpoint's recipe has every key.
-    """
-    rendered = recipe.data.format == "shapes"
-    expected = (
-        "no files are read; for files give data=sweeps/data/coco.yaml, or another beside it"
-        if rendered
-        else "nothing is rendered; for rendered images give data=sweeps/data/shapes.yaml"
-    )
-    for key, source in sources.items():
-        typed = source == COMMAND_LINE and _describes(key) and key != "data.format"
-        if typed and rendered != key.startswith("data.shapes."):
-            yield f"{source}: {key}: with data.format={recipe.data.format} {expected}"
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from knet_core import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +68,28 @@ METRICS: dict[str, MetricInfo] = {
 MAIN_METRIC = {"instance": "val/AP", "panoptic": "val/PQ", "semantic": "val/mIoU"}
 """What each task is judged by."""
 
+_SCORES = {
+    "instance": ("AP",),
+    "panoptic": ("PQ", "SQ", "RQ"),
+    "semantic": ("mIoU", "mAcc", "aAcc"),
+}
+"""What each task's scores begin with."""
 _LOSS_TERM = re.compile(r"train/loss/(?P<term>[a-z0-9]+(/[a-z]+)?)")
 _STAGE = re.compile(r"val/stage(?P<stage>\d+)/(?P<name>\w+)")
+
+
+def unmeasured(name: str, recipe: "Recipe") -> str | None:
+    """Return why no result of a recipe has a metric that is known; None if results have it."""
+    task = recipe.model.task
+    if _STAGE.fullmatch(name):
+        return "knet eval --per-stage alone measures it"
+    if name.startswith("val/") and not name.removeprefix("val/").startswith(_SCORES[task]):
+        return f"model.task={task} is judged by {MAIN_METRIC[task]} and its like"
+    if name == "bench/fps" and recipe.eval.fps_iterations == 0:
+        return "eval.fps_iterations=0 leaves it out"
+    if name.startswith("train/") and name != "train/loss":
+        return "a result has train/loss of that kind, and no other"
+    return None
 
 
 def find_metric(name: str) -> MetricInfo | None:

@@ -16,6 +16,7 @@ from typing import Any
 from knet_core import ConfigError, DataConfig, Recipe
 from knet_platform.config import (
     COMMAND_LINE,
+    SCALE_KEYS,
     Layer,
     collecting,
     file_layers,
@@ -25,18 +26,20 @@ from knet_platform.config import (
     resolve,
     scale_layers,
     suggestion,
+    unread_problems,
 )
 from knet_platform.errors import PlatformError
 from knet_platform.identity import digest, same_run, trial_hash
 from knet_platform.members import population_note, population_problems, with_members
+from knet_platform.metrics import unmeasured
 from knet_platform.search import Search, SearchSpec, arm_name, ends
 from knet_platform.staging import fingerprint
 from knet_platform.sweep import Sweep, Trial
 from knet_platform.sweep_file import (
-    SCALE_KEYS,
     Arm,
     Asha,
     Metric,
+    Paper,
     Resources,
     SweepReader,
 )
@@ -134,6 +137,10 @@ def load_sweep(
         alone = {baseline} if population else {}  # equal to a member, it is another run still
         equal = {arm: recipe for arm, recipe in recipes.items() if arm not in alone}
         notes = _merge_notes(path, equal, baseline, problems) + _scale_notes(arms)
+        notes += _arm_unread_notes(path, arms, layers, stacks, recipes, problems)
+        everything = [*recipes.values(), *(search.ends.values() if search else ())]
+        problems.extend(unread_problems(layers.last, everything))
+        problems.extend(_metric_problems(path, recipes, metric, paper))
         for arm, recipe in recipes.items():
             problems.extend(worker_problems(f"{path}: arms.{arm}", recipe, resources))
         if population is not None:
@@ -141,11 +148,21 @@ def load_sweep(
                 f"{path}: scheduler: pbt: {problem}"
                 for problem in population_problems(recipes, baseline, chosen, search)
             )
-        for end, recipe in search.ends.items() if search else ():
-            problems.extend(worker_problems(f"{path}: search.space: {end}", recipe, resources))
+        if search is not None:
+            space = Layer(f"{path}: search.space", search.spec.space)
+            problems.extend(unread_problems([space], list(search.ends.values())))
+            for end, recipe in search.ends.items():
+                problems.extend(worker_problems(f"{path}: search.space: {end}", recipe, resources))
+        if (scheduler or population) and not metric.name.startswith("val/"):
+            problems.append(
+                f"{path}: metric.name: got {metric.name}, which is known at the end of a run; "
+                f"expected a val/ metric: the scheduler judges evaluations"
+            )
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
+    if budget.gpu_hours is not None and not resources.gpus_per_worker:
+        notes.append("budget.gpu_hours limits nothing without GPUs; budget.usd would")
     if scheduler is not None:
         notes.append(_screen_note(scheduler, chosen[0]))
     if search is not None:
@@ -350,6 +367,47 @@ def _scale_notes(arms: Mapping[str, Arm]) -> list[str]:
     ]
 
 
+def _arm_unread_notes(
+    path: Path,
+    arms: Mapping[str, Arm],
+    layers: _Layers,
+    stacks: Mapping[str, Sequence[Layer]],
+    recipes: Mapping[str, Recipe],
+    problems: list[str],
+) -> list[str]:
+    """Say what arms set and nothing reads; an arm of which nothing is read is refused.
+
+    A grid may well set the heads of an attention that one of its other axes leaves out.
+    """
+    notes: list[str] = []
+    for arm, recipe in recipes.items():
+        stack = stacks[arm]
+        own = stack[len(layers.below(arms[arm].base)) : len(stack) - len(layers.last)]
+        found = unread_problems(own, [recipe])
+        if len(found) == sum(len(layer.values) for layer in own):
+            problems.extend(found)
+        else:
+            notes.extend(line.removeprefix(f"{path}: ") for line in found)
+    return notes
+
+
+def _metric_problems(
+    path: Path, recipes: Mapping[str, Recipe], metric: Metric, paper: Paper | None
+) -> list[str]:
+    """Name what the sweep is judged by or compared in and an arm's results lack, once each."""
+    columns = paper.columns if paper else {}
+    names = dict.fromkeys(columns, "paper.columns") | {metric.name: "metric.name"}
+    lacking: dict[tuple[str, str], str] = {}
+    for arm, recipe in recipes.items():
+        for name in names:
+            if reason := unmeasured(name, recipe):
+                lacking.setdefault((name, reason), arm)
+    return [
+        f"{path}: {names[name]}: no run of arm {arm} has {name}: {reason}"
+        for (name, reason), arm in lacking.items()
+    ]
+
+
 def _merge_notes(
     path: Path, recipes: Mapping[str, Recipe], baseline: str, problems: list[str]
 ) -> list[str]:
@@ -398,6 +456,11 @@ def worker_problems(where: str, recipe: Recipe, resources: Resources) -> list[st
             f"{where}: train.sync_batch_norm: got true for resources.workers = "
             f"{resources.workers} without GPUs, expected resources.gpus_per_worker > 0 or one "
             f"worker; set train.sync_batch_norm=false"
+        )
+    if recipe.train.precision == "fp16" and not resources.gpus_per_worker:
+        problems.append(
+            f"{where}: train.precision: got fp16 without GPUs, expected "
+            f"resources.gpus_per_worker > 0, or train.precision=fp32"
         )
     return problems
 

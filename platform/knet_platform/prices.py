@@ -72,7 +72,10 @@ def read_prices(path: Path | None = None) -> PriceList:
     rows, default = values.get("instances"), values.get("default")
     if not isinstance(rows, dict) or not rows:
         raise ConfigError(f"{path}: instances: expected {{name: {{gpu: ..., ...}}}}, got {rows!r}")
-    problems: list[str] = []
+    known = ("default", "instances")
+    problems = [
+        f"{path}: {key}: unknown key{suggestion(key, known)}" for key in values if key not in known
+    ]
     instances = {name: _instance(f"{path}: {name}", row, problems) for name, row in rows.items()}
     if default not in rows:
         problems.append(f"{path}: default: expected one of the instances, got {default!r}")
@@ -105,16 +108,17 @@ def price_of(resources: Resources, prices: PriceList) -> Price:
     purchase = "spot" if resources.spot else "on demand"
     basis = f"{name} {purchase}, list price of {instance.date}"
     usd = share * hourly * resources.least_workers
-    if resources.price_per_gpu_hour is not None:
-        usd = resources.least_workers * resources.gpus_per_worker * resources.price_per_gpu_hour
-        basis = f"{resources.price_per_gpu_hour:g} USD per GPU hour as stated"
+    stated = resources.price_per_gpu_hour if resources.gpus_per_worker else None
+    if stated is not None:
+        usd = resources.least_workers * resources.gpus_per_worker * stated
+        basis = f"{stated:g} USD per GPU hour as stated"
     return Price(
         usd_per_hour=usd,
         trials_per_instance=1 / (share * resources.least_workers),
         gpu=instance.gpu,
         gpu_memory_gb=instance.gpu_memory_gb,
         basis=basis,
-        assumed=resources.instance is None and resources.price_per_gpu_hour is None,
+        assumed=resources.instance is None and stated is None,
     )
 
 
@@ -125,11 +129,14 @@ def _instance(where: str, row: Any, problems: list[str]) -> Instance:
         f"{where}: {key}: unknown key{suggestion(key, known)}" for key in values.keys() - known
     )
     for key in (*_NUMBERS, "spot"):
-        value = values.get(key)
+        value: Any = values.get(key)
         if key == "spot" and value is None:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            problems.append(f"{where}: {key}: expected a number >= 0, got {value!r}")
+        shared = key in ("gpus", "cpus")  # of which a worker takes a part
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and value >= 0) or (shared and value == 0):
+            least = "> 0" if shared else ">= 0"
+            problems.append(f"{where}: {key}: expected a number {least}, got {value!r}")
     numbers: dict[str, Any] = {key: values.get(key) for key in (*_NUMBERS, "spot")}
     texts: dict[str, Any] = {key: str(values.get(key, "")) for key in ("gpu", "date", "source")}
     return Instance(**texts, **numbers)

@@ -44,7 +44,6 @@ KEYS = (
     "search",
     "budget",
 )
-SCALE_KEYS = ("recipe", "seeds", "resources")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +223,11 @@ class SweepReader:
 
     def _at_scale(self, scale: str | None, arms: Collection[str]) -> dict[str, dict[str, Any]]:
         chosen: dict[str, dict[str, Any]] = {}
+        known = sorted(file.stem for file in (self._path.parent / "scales").glob("*.yaml"))
         for name, changes in self._mapping("scales").items():
+            # Scales may lie elsewhere, too; a name like one of those beside the sweep is a slip.
+            if name != scale and name not in known and (near := suggestion(name, known)):
+                self._wrong(f"scales.{name}", f"no such scale{near}")
             if not isinstance(changes, dict):
                 self._wrong(f"scales.{name}", f"expected {{arm: {{key: value}}}}, got {changes!r}")
                 continue

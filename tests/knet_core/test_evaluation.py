@@ -90,7 +90,7 @@ def test_every_stage_is_scored_in_one_pass(tiny_recipe, task):
 
 
 def test_stages_are_not_averaged_over_views(dataset):
-    with pytest.raises(ConfigError, match=r"leave out eval\.scales"):
+    with pytest.raises(ConfigError, match=r"leave out eval\.flip"):
         evaluate(Oracle(dataset), dataset, EvalConfig(flip=True), device=CPU, per_stage=True)
 
 

@@ -208,7 +208,7 @@ def test_what_is_not_the_same_everywhere_is_refused_arm_by_arm(sweep):
     path = sweep(
         arms={
             "three": {"loss.mask": float("inf")},
-            "one": {"data.train.images": ["/home/me/images"]},
+            "one": {"data.format": "ade20k", "data.train.images": ["/home/me/images"]},
         }
     )
     first, second = problems_of(path)
@@ -377,3 +377,79 @@ def test_missing_data_is_a_data_error(monkeypatch, tmp_path):
     monkeypatch.setenv("KNET_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"data\.root: no folder"):
         load_sweep(STAGES)
+
+
+def test_an_arm_of_which_nothing_is_read_is_refused(sweep):
+    path = sweep(arms={"one": {"loss.ce": 3.0}, "three": {}, "two": {"data.root": "/my/set"}})
+    assert problems_of(path) == [
+        f"arms.{arm}: {key}: nothing reads it with {decider}; leave it out, or change "
+        f"{decider.split('=')[0]}"
+        for arm, key, decider in [
+            ("one", "loss.ce", "model.task=instance"),
+            ("two", "data.root", "data.format=shapes"),
+        ]
+    ]
+
+
+def test_a_grid_may_set_what_one_of_its_axes_leaves_out_and_says_so(sweep):
+    path = sweep(
+        arms={"three": {}}, grid={"model.interaction": [True, False], "model.num_heads": [4, 8]}
+    )
+    notes = [note for note in load_sweep(path).notes if "nothing reads it" in note]
+    assert len(notes) == 2
+    assert all(
+        "model.num_heads: nothing reads it with model.interaction=false" in n for n in notes
+    )
+    # Typed, it holds for all arms, and some read it.
+    assert load_sweep(
+        sweep(arms={"three": {}, "one": {"model.interaction": False}}),
+        overrides=["model.num_heads=4"],
+    ).trials
+
+
+def test_a_search_of_what_nothing_reads_is_refused(sweep):
+    search = {"name": "optuna", "trials": 3, "space": {"loss.ce": {"uniform": [1, 2]}}}
+    (problem,) = problems_of(sweep(search=search))
+    assert problem.startswith("search.space: loss.ce: nothing reads it with model.task=instance")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("val/PQ", [], "model.task=instance is judged by val/AP"),
+        ("val/stage2/AP", [], "knet eval --per-stage"),
+        ("bench/fps", ["eval.fps_iterations=0"], "eval.fps_iterations=0"),
+        ("train/lr", [], "train/loss"),
+    ],
+)
+def test_a_metric_that_no_run_has_is_refused(sweep, name, overrides, expected):
+    path = sweep(metric={"name": name, "mode": "max"})
+    (problem,) = problems_of(path, overrides=overrides)
+    assert problem.startswith(f"metric.name: no run of arm one has {name}: ")
+    assert expected in problem
+    columns = {"source": "S", "columns": {name: "x"}, "rows": {"one": [1]}}
+    assert problems_of(sweep(paper=columns), overrides=overrides)[0].startswith("paper.columns: ")
+
+
+def test_schedulers_need_a_metric_of_evaluations(sweep):
+    path = sweep(metric={"name": "train/loss", "mode": "min"}, scheduler={"name": "asha"})
+    (problem,) = problems_of(path)
+    assert "the scheduler judges evaluations" in problem
+
+
+def test_a_scale_that_is_nearly_one_of_those_beside_is_a_slip(sweep, tmp_path):
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales" / "laptop.yaml").write_text("seeds: [0]\n")
+    path = sweep(scales={"labtop": {"one": {"optim.lr": 1.0}}, "elsewhere": {}})
+    assert problems_of(path) == ["scales.labtop: no such scale; did you mean 'laptop'?"]
+
+
+def test_half_precision_needs_a_gpu(sweep):
+    problems = problems_of(sweep(), overrides=["train.precision=fp16"])
+    assert all("train.precision: got fp16 without GPUs" in line for line in problems)
+
+
+def test_gpu_hours_limit_nothing_without_gpus(sweep):
+    assert "budget.gpu_hours limits nothing without GPUs; budget.usd would" in (
+        load_sweep(sweep(budget={"gpu_hours": 3})).notes
+    )

@@ -58,13 +58,15 @@ def test_an_unknown_instance_is_refused_with_the_nearest():
 def test_a_price_list_of_ones_own_is_checked(tmp_path):
     good = {"gpu": "A100", "gpus": 1, "gpu_memory_gb": 40, "cpus": 8, "on_demand": 1}
     path = tmp_path / "mine.yaml"
-    rows = {"mine": good, "odd": good | {"gpus": "x", "spt": 1}}
-    path.write_text(yaml.safe_dump({"default": "their", "instances": rows}))
+    rows = {"mine": good, "odd": good | {"gpus": "x", "cpus": 0, "spt": 1}}
+    path.write_text(yaml.safe_dump({"default": "their", "instances": rows, "currency": "EUR"}))
     with pytest.raises(ConfigError) as caught:
         read_prices(path)
     assert [line.removeprefix(f"{path}: ") for line in caught.value.problems] == [
+        "currency: unknown key",
         "odd: spt: unknown key; did you mean 'spot'?",
-        "odd: gpus: expected a number >= 0, got 'x'",
+        "odd: gpus: expected a number > 0, got 'x'",
+        "odd: cpus: expected a number > 0, got 0",
         "default: expected one of the instances, got 'their'",
     ]
     path.write_text(yaml.safe_dump({"default": "mine", "instances": {"mine": good}}))

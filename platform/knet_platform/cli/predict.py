@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
     from knet_platform.config import load_recipe
 
     recipe = load_recipe(args.checkpoint / "recipe.yaml", overrides=overrides)
+    if args.stages and recipe.eval.views:
+        raise UsageError(
+            f"--stages: shows images as seen once and whole; expected eval.scales=[1] "
+            f"eval.flip=false eval.window=null, found {', '.join(recipe.eval.views)} set"
+        )
     categories = read_state(args.checkpoint).categories
     device = chosen_device(args.device)
     keep_freed_memory()
