@@ -89,6 +89,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_kind(path: Path, values: Mapping[str, Any], expected: str) -> None:
+    """Refuse a whole file of another kind in one line instead of key by key.
+
+    Raises:
+        ConfigError: It is a sweep, a recipe or a scale, and something else is expected.
+    """
+    if "metric" in values or "arms" in values:
+        found, use = "sweep", "knet run"
+    elif {"model", "loss", "optim"} & values.keys():
+        found, use = "recipe", "knet train"
+    elif "recipe" in values:
+        found, use = "scale", "--scale"
+    else:
+        return
+    if found != expected:
+        raise ConfigError(f"{path}: is a {found}, for {use}; expected a {expected}")
+
+
 def file_layers(path: Path) -> tuple[Layer, ...]:
     """Return the layers of a recipe file, those of its `base:` chain first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
@@ -97,6 +115,7 @@ def file_layers(path: Path) -> tuple[Layer, ...]:
         if following.resolve() in {seen.resolve() for seen, _ in chain}:
             raise ConfigError(f"{path}: base: '{following}' leads back to itself")
         values = read_yaml(following)
+        require_kind(following, values, "recipe")
         chain.append((following, values))
         base = values.pop("base", None)
         if base is not None and not isinstance(base, str):
@@ -314,7 +333,9 @@ def _data_layer(source: str, path: Path) -> Layer:
             f"{source}: data: no file '{path}'; expected a data set's description such as "
             f"sweeps/data/coco.yaml"
         )
-    (layer,) = mapping_layers(str(path), {"data": read_yaml(path)})
+    values = read_yaml(path)
+    require_kind(path, values, "data set's description")
+    (layer,) = mapping_layers(str(path), {"data": values})
     return dataclasses.replace(layer, describes_data=True)
 
 
@@ -392,17 +413,21 @@ def _range_problems(values: Mapping[str, Any]) -> list[str]:
     merged = _merge(values)
     problems: list[str] = []
 
-    def build(schema: type, node: Any) -> None:
+    def build(schema: type, node: Any) -> Any:
+        """Return the section; None if it is wrong, and what holds it has its default instead."""
         plain: dict[str, Any] = {}
         for name, kind in get_type_hints(schema).items():
+            value = node[name]
             if dataclasses.is_dataclass(kind):
                 assert isinstance(kind, type)
-                build(kind, node[name])
+                section = build(kind, value)
+                if section is not None:
+                    plain[name] = section
             else:
-                value = node[name]
                 plain[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
         with collecting(problems):
-            schema(**plain)
+            return schema(**plain)
+        return None
 
     build(Recipe, merged)
     return problems

@@ -85,8 +85,14 @@ def is_writable(folder: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(
+    folder: Path, named_by: str = "KNET_HOME, and KNET_STORAGE if that is set,"
+) -> None:
     """Refuse a local folder for state in which nothing can be kept, before there is any.
+
+    Args:
+        folder: It, which need not exist.
+        named_by: What sets it.
 
     Raises:
         UsageError: It is read-only, or of somebody else.
@@ -94,5 +100,5 @@ def require_writable(folder: Path) -> None:
     if not is_writable(folder):
         raise UsageError(
             f"{folder}: cannot write in {nearest_existing(folder)}; expected a folder of yours: "
-            f"set KNET_HOME, and KNET_STORAGE if that is set, to one"
+            f"set {named_by} to one"
         )

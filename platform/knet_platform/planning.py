@@ -23,6 +23,7 @@ from knet_platform.config import (
     mapping_layers,
     override_layers,
     read_yaml,
+    require_kind,
     resolve,
     scale_layers,
     suggestion,
@@ -84,11 +85,12 @@ def load_sweep(
         DataError: The data set is not there.
     """
     values = read_yaml(path)
+    require_kind(path, values, "sweep")
     problems: list[str] = []
     scale_path, scale_values = None, dict[str, Any]()
     if scale is not None:
         with collecting(problems):
-            scale_path = _find_scale(path, scale)
+            scale_path = find_scale(path.parent / "scales", scale)
             scale_values = read_yaml(scale_path)
     listed = scale_values.get("seeds", values.get("seeds", [0]))
     count = _num_arms(values) * (seeds if seeds is not None else len(listed or [0]))
@@ -263,15 +265,20 @@ def _title(path: Path) -> str:
     return ""
 
 
-def _find_scale(sweep: Path, scale: str) -> Path:
+def find_scale(folder: Path, scale: str) -> Path:
+    """Return the scale's file, named by its path or by its name in the folder.
+
+    Raises:
+        ConfigError: The folder has none of that name.
+    """
     if scale.endswith((".yaml", ".yml")):
         return Path(scale)
-    folder = sweep.parent / "scales"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if scale not in names:
         raise ConfigError(
             f"{COMMAND_LINE}: --scale: no scale '{scale}' in {folder}, which has "
-            f"{', '.join(names) or 'none'}{suggestion(scale, names)}"
+            f"{', '.join(names) or 'none'}{suggestion(scale, names)}; expected one of them, or "
+            f"the path of a file"
         )
     return folder / f"{scale}.yaml"
 

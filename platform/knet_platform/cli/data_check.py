@@ -88,6 +88,12 @@ def run_check(args: argparse.Namespace) -> int:
     for option, path in (("--html", args.html), ("--picture", args.picture)):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{option}: no folder {path.parent}; make it, or name another file")
+    for item in args.overrides:
+        if not item.startswith(("data.", "model.num_kernels=")):
+            raise UsageError(
+                f"{item}: says nothing of a data set; expected data.* or model.num_kernels, and "
+                f"--task for the task"
+            )
     recipe = resolve(override_layers([f"data={args.data}", *args.overrides]))
     with staged(recipe.data, verify=True), progress_bar("checking") as advance:
         report = check_data(

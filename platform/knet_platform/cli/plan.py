@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from knet_platform.cli.sweeps import add_sweep_arguments, load_priced_sweep
+from knet_platform.errors import UsageError
 from knet_platform.forecast import (
     Band,
     Forecast,
@@ -48,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; then refuse it if it passes the budget."""
+    if args.instances is not None and args.instances < 1:
+        raise UsageError(f"--instances: got {args.instances}, expected at least 1")
     sweep, price = load_priced_sweep(args)
     store = Store(storage_uri())
     sweep = recall(sweep, store)
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(sweep, rows, forecast), indent=2))
     else:
-        _show(sweep, rows, forecast)
+        _show(sweep, rows, forecast, _report_command(args))
     require_budget(sweep, forecast)
     return 0
 
@@ -137,7 +141,17 @@ def _as_list(band: Band) -> list[float]:
     return [band.low, band.mid, band.high]
 
 
-def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> None:
+def _report_command(args: argparse.Namespace) -> str:
+    """Return the command that reports on what was planned."""
+    words = ["knet", "report", str(args.sweep)]
+    words += ["--scale", args.scale] if args.scale else []
+    words += ["--seeds", str(args.seeds)] if args.seeds else []
+    return shlex.join([*words, *args.overrides])
+
+
+def _show(
+    sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast, report_command: str
+) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -167,7 +181,7 @@ def _show(sweep: Sweep, rows: Sequence[PlannedTrial], forecast: Forecast) -> Non
     if not left:
         everything = f"all {len(rows)} trials are finished"
         over = f"{settled}, nothing left to run" if pruned else everything
-        console.print(f"{over}; see knet report {sweep.path}")
+        console.print(f"{over}; see {report_command}")
         return
     console.print(f"{settled}, {left} to run: {_wall_clock(forecast)}")
     if forecast.uncounted:

@@ -25,7 +25,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_checkpoint(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files; data.key=value and eval.key=value may stand among them",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="DIR", help="a new folder"
     )
@@ -109,7 +114,13 @@ def _is_override(item: str) -> bool:
 
 
 def _check(images: list[Path], overrides: list[str], out: Path) -> None:
-    problems = [f"{path}: no such image" for path in images if not path.is_file()]
+    problems = [
+        f"{path}: is a folder; expected image files, such as {path}/*.jpg"
+        if path.is_dir()
+        else f"{path}: no such image"
+        for path in images
+        if not path.is_file()
+    ]
     problems += [
         f"{stem}: {count} images of this name would overwrite each other's picture; rename one"
         for stem, count in Counter(path.stem for path in images).items()

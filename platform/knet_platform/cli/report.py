@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the winner a version of this model in MLflow: of the arm with the best mean "
         "over its finished seeds, the best seed",
     )
-    parser.add_argument(
-        "--port", type=int, default=0, help="port of --serve (default: 0, any free one)"
-    )
+    parser.add_argument("--port", type=int, help="port of --serve (default: 0, any free one)")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print the report as JSON")
     shape.add_argument(
@@ -74,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from knet_platform.report import FORMATS, Terminal, build_report, write_report
     from knet_platform.storage import Store
 
+    if args.port is not None and not args.serve:
+        raise UsageError("--port: is where --serve listens; add --serve, or leave it out")
     planned = load_sweep(args.sweep, scale=args.scale, overrides=args.overrides, seeds=args.seeds)
     store = Store(storage_uri())
     sweep = recall(planned, store)
@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
         # What is piped elsewhere stays a table.
         print(f"{winner.name} {made}: {registered.uri}", file=sys.stderr if shape else sys.stdout)
     if args.serve:
-        _serve(lambda: build_report(recall(planned, store), store, scale=args.scale), args.port)
+        _serve(
+            lambda: build_report(recall(planned, store), store, scale=args.scale), args.port or 0
+        )
     return 0
 
 

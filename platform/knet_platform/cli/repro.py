@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run again and compare."""
+    if not args.tolerance >= 0:
+        raise UsageError(f"--tolerance: got {args.tolerance:g}, expected a number >= 0")
     recorded = run_finder(args)(args.run)
     _require_reproducible(recorded)
     if args.dry_run:

@@ -74,6 +74,11 @@ def run_finder(args: argparse.Namespace) -> Callable[[str], RecordedRun]:
         )
         recalled = recall(sweep, Store(storage_uri()))
         named = {trial.name: trial.hash for trial in recalled.trials}
+    elif args.overrides or args.scale is not None or args.seeds is not None:
+        raise UsageError(
+            "--sweep: not set, so key=value, --scale and --seeds say nothing; expected the sweep "
+            "file that they were given with, or leave them out"
+        )
     return lambda name: find_run(name, named)
 
 

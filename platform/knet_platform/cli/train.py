@@ -19,6 +19,7 @@ from knet_platform.home import knet_home, require_writable, tracking_uri
 from knet_platform.identity import trial_hash
 from knet_platform.locks import output_lock
 from knet_platform.metrics import MAIN_METRIC
+from knet_platform.planning import find_scale
 from knet_platform.staging import fingerprint, staged
 from knet_platform.storage import Store, TrialStore
 from knet_platform.sweep import Sweep, Trial
@@ -46,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="k=v", help="recipe values that win over all files"
     )
-    parser.add_argument("--scale", metavar="NAME", help="a file of sweeps/scales, or its path")
+    parser.add_argument(
+        "--scale",
+        metavar="NAME",
+        help="a file of sweeps/scales, or its path; what it says of a recipe counts here",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -58,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end, or from the newest checkpoint in the output folder to the end."""
-    recipe = load_recipe(
-        args.recipe, scale=_scale(args.recipe, args.scale), overrides=args.overrides
-    )
+    # As in this project: `scales` beside the folder of recipes.
+    scale = args.scale and find_scale(args.recipe.absolute().parent.parent / "scales", args.scale)
+    recipe = load_recipe(args.recipe, scale=scale, overrides=args.overrides)
     from knet_core import fit
     from knet_platform.cli.output import progress_bar, show_metrics
     from knet_platform.tracking import open_tracker
@@ -69,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     sweep = _as_sweep(args.recipe, recipe, trial_hash(recipe, identity))
     (trial,) = sweep.trials
     output = args.output or knet_home() / "runs" / trial.hash
-    for folder in (knet_home(), output):
-        require_writable(folder)
+    require_writable(knet_home())
+    require_writable(output, "--output" if args.output else "KNET_HOME")
     tracker = open_tracker(
         f"{sweep.name}-{trial.hash}",  # several may train one recipe at a time, with other seeds
         tracking_uri(),
@@ -229,15 +234,6 @@ def _as_sweep(path: Path, recipe: "Recipe", identity: str) -> Sweep:
         budget=Budget(),
         trials=(trial,),
     )
-
-
-def _scale(recipe: Path, scale: str | None) -> Path | None:
-    """Return the scale's file; names lie in `scales` beside the folder of the recipe."""
-    if scale is None:
-        return None
-    if scale.endswith((".yaml", ".yml")):
-        return Path(scale)
-    return recipe.parent.parent / "scales" / f"{scale}.yaml"
 
 
 def _starting_point(output: Path) -> Path | None:

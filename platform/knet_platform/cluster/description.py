@@ -16,6 +16,17 @@ HOME = "/mnt/knet"
 SECRETS = "/home/knet/secrets"
 """Where the containers find the token, and what else must not stand in files."""
 
+
+def name_problems(name: str) -> list[str]:
+    """Return what keeps a name from being a cluster's; clouds and folders are named by it."""
+    if re.fullmatch(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?", name):
+        return []
+    return [
+        f"name: got '{name}', expected at most 30 small letters, digits and hyphens, the first "
+        f"one a letter"
+    ]
+
+
 _ONLY: dict[str, tuple[str, ...]] = {
     "ami": ("aws",),
     "allow_ssh": ("aws",),
@@ -98,11 +109,7 @@ class Description:
             for name in _NEEDED[self.provider]
             if getattr(self, name) is None
         ]
-        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?", self.name):
-            problems.append(
-                f"name: got '{self.name}', expected at most 30 small letters, digits and hyphens, "
-                f"the first one a letter"
-            )
+        problems.extend(name_problems(self.name))
         for name in ("max_workers", "idle_minutes", "gpus_per_machine", "max_usd"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -4,6 +4,8 @@ import os
 import secrets
 from pathlib import Path
 
+from knet_core import ConfigError
+from knet_platform.cluster.description import name_problems
 from knet_platform.errors import UsageError
 
 
@@ -22,8 +24,11 @@ def make_token(name: str, *, renew: bool = False) -> Path:
         renew: Replace a token that is there.
 
     Raises:
+        ConfigError: That is no cluster's name.
         UsageError: Others may read the file.
     """
+    if problems := name_problems(name):
+        raise ConfigError(problems)
     folder = secrets_folder(name)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)

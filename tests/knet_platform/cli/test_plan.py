@@ -136,7 +136,8 @@ def test_a_finished_sweep_points_to_its_report(capsys, home, trials, finish):
     for trial_hash in trials.values():
         finish(trial_hash)
     assert main(["plan", *ARGUMENTS]) == 0
-    assert "all 10 trials are finished; see knet report" in capsys.readouterr().out
+    expected = "all 10 trials are finished; see knet report " + " ".join(ARGUMENTS)
+    assert expected in capsys.readouterr().out
 
 
 def test_trials_of_unknown_length_are_counted_apart(capsys, tmp_path):

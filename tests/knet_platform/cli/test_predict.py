@@ -102,6 +102,19 @@ def test_stages_lie_side_by_side(recipe: Path, tmp_path: Path, photographs: list
         assert 0.9 < image.width / image.height < 1.1  # 80 x 40 twice: static, one update
 
 
+def test_stages_are_shown_of_images_seen_once(
+    recipe: Path, tmp_path: Path, photographs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained(recipe, tmp_path, *SEMANTIC)
+    out = tmp_path / "out"
+    words = ["predict", checkpoint, *photographs, "eval.flip=true", "--stages", "--out", str(out)]
+    assert main(words) == 2
+    assert "eval.flip set" in capsys.readouterr().err
+    assert main(["predict", checkpoint, str(tmp_path), "--out", str(out)]) == 2
+    assert f"{tmp_path}: is a folder; expected image files" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_all_problems_are_named_at_once_and_nothing_is_left(
     recipe: Path, tmp_path: Path, photographs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,3 +46,10 @@ def test_a_token_that_others_may_read_is_refused(capsys: pytest.CaptureFixture[s
     assert path.read_text() not in line
     assert main(["cluster", "token", "knet", "--renew"]) == 0
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, capsys):
+    for name in ("../other", "/tmp/other", "..", "", "Knet"):
+        assert main(["cluster", "token", name]) == 2
+        assert f"name: got '{name}', expected" in capsys.readouterr().err
+    assert list(tmp_path.rglob("auth_token")) == []
