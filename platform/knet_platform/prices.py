@@ -100,6 +100,11 @@ def price_of(resources: Resources, prices: PriceList) -> Price:
         raise ConfigError(
             f"resources.spot: {prices.path} has no spot price of {name}; add it, or leave out spot"
         )
+    if resources.gpus_per_worker and not instance.gpus:
+        raise ConfigError(
+            f"resources.instance: {name} has no GPUs in {prices.path}, and "
+            f"resources.gpus_per_worker is {resources.gpus_per_worker:g}; choose one that has"
+        )
     share = (
         resources.gpus_per_worker / instance.gpus
         if resources.gpus_per_worker
@@ -132,10 +137,9 @@ def _instance(where: str, row: Any, problems: list[str]) -> Instance:
         value: Any = values.get(key)
         if key == "spot" and value is None:
             continue
-        shared = key in ("gpus", "cpus")  # of which a worker takes a part
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and value >= 0) or (shared and value == 0):
-            least = "> 0" if shared else ">= 0"
+        if not (number and value >= 0) or (key == "cpus" and value == 0):
+            least = "> 0" if key == "cpus" else ">= 0"
             problems.append(f"{where}: {key}: expected a number {least}, got {value!r}")
     numbers: dict[str, Any] = {key: values.get(key) for key in (*_NUMBERS, "spot")}
     texts: dict[str, Any] = {key: str(values.get(key, "")) for key in ("gpu", "date", "source")}

@@ -23,7 +23,6 @@ SMALL = [
     "data.num_workers=0",
     "model.backbone={name: test_resnet, pretrained: false, frozen_stages: 0, norm_eval: false}",
     "model.channels=64",
-    "model.num_kernels=20",
     "model.num_heads=4",
     "model.ffn_channels=128",
     "optim.lr=2e-3",
@@ -129,6 +128,7 @@ def test_panoptic_segmentation_learns_four_photographs(four_photographs: Path) -
         "coco_panoptic.yaml",
         four_photographs,
         PHOTOGRAPH_EDGE,
+        "model.num_kernels=20",
         "optim.lr=1e-3",
         *steps(100, 4),
     )
@@ -141,6 +141,7 @@ def test_instance_segmentation_learns_four_photographs(four_photographs: Path) -
         "coco_panoptic.yaml",
         four_photographs,
         PHOTOGRAPH_EDGE,
+        "model.num_kernels=20",
         *steps(50, 4),
     )
     assert metrics["val/AP"] >= 0.6

@@ -65,10 +65,27 @@ def test_a_price_list_of_ones_own_is_checked(tmp_path):
     assert [line.removeprefix(f"{path}: ") for line in caught.value.problems] == [
         "currency: unknown key",
         "odd: spt: unknown key; did you mean 'spot'?",
-        "odd: gpus: expected a number > 0, got 'x'",
+        "odd: gpus: expected a number >= 0, got 'x'",
         "odd: cpus: expected a number > 0, got 0",
         "default: expected one of the instances, got 'their'",
     ]
     path.write_text(yaml.safe_dump({"default": "mine", "instances": {"mine": good}}))
     with pytest.raises(ConfigError, match="has no spot price of mine"):
         price_of(Resources(spot=True), read_prices(path))
+
+
+def test_gpus_of_an_instance_without_any_are_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    row = {"gpu": "none", "gpus": 0, "gpu_memory_gb": 0, "cpus": 8, "on_demand": 1}
+    path.write_text(yaml.safe_dump({"default": "mine", "instances": {"mine": row}}))
+    prices = read_prices(path)
+    assert price_of(Resources(gpus_per_worker=0, cpus_per_worker=4), prices).usd_per_hour > 0
+    with pytest.raises(ConfigError, match="mine has no GPUs in "):
+        price_of(Resources(gpus_per_worker=1), prices)
+
+
+def test_a_price_of_gpus_makes_nothing_free_without_them():
+    resources = Resources(workers=2, gpus_per_worker=0, price_per_gpu_hour=3)
+    price = price_of(resources, read_prices())
+    assert price.usd_per_hour > 0
+    assert price.assumed
