@@ -163,6 +163,11 @@ def load_sweep(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
+    if unused := sorted({recipe.seed for recipe in recipes.values()} - {0}):
+        notes.append(
+            f"seed {', '.join(map(str, unused))} of the recipe is not used: a sweep has seeds of "
+            f"its own"
+        )
     if budget.gpu_hours is not None and not resources.gpus_per_worker:
         notes.append("budget.gpu_hours limits nothing without GPUs; budget.usd would")
     if scheduler is not None:

@@ -453,3 +453,12 @@ def test_gpu_hours_limit_nothing_without_gpus(sweep):
     assert "budget.gpu_hours limits nothing without GPUs; budget.usd would" in (
         load_sweep(sweep(budget={"gpu_hours": 3})).notes
     )
+
+
+def test_a_recipes_own_seed_is_not_used_and_that_is_said(sweep, tmp_path):
+    path = sweep()
+    with (tmp_path / "recipe.yaml").open("a") as recipe:
+        recipe.write("seed: 7\n")
+    loaded = load_sweep(path)
+    assert loaded.notes == ("seed 7 of the recipe is not used: a sweep has seeds of its own",)
+    assert {trial.seed for trial in loaded.trials} == {0, 1}

@@ -123,6 +123,10 @@ class MachineTable:
     """By cloud."""
 
 
+_CLOUD_KEYS = ("date", "source", "head", "regions", "quotas")
+_MACHINE_KEYS = ("cloud", "quota", "memory_gb", "local_ssds", "regions")
+
+
 def read_machines(path: Path | None = None, prices: PriceList | None = None) -> MachineTable:
     """Return the machines of a file; unset: those that come with the project.
 
@@ -135,11 +139,23 @@ def read_machines(path: Path | None = None, prices: PriceList | None = None) -> 
     values = read_yaml(path)
     try:
         clouds, rows = values["clouds"], values["machines"]
-        missing = sorted(rows.keys() - instances.keys())
-        if missing:
-            raise ConfigError(
-                f"{path}: machines: {', '.join(missing)}: not in prices.yaml; add it"
+        problems = [
+            f"{path}: machines: {name}: not in prices.yaml; add it"
+            for name in rows
+            if name not in instances
+        ]
+        problems += [
+            f"{path}: {where}{key}: unknown key{suggestion(key, known)}"
+            for where, listed, known in (
+                ("", values, ("clouds", "machines")),
+                *((f"clouds.{name}.", cloud, _CLOUD_KEYS) for name, cloud in clouds.items()),
+                *((f"machines.{name}.", row, _MACHINE_KEYS) for name, row in rows.items()),
             )
+            for key in listed
+            if key not in known
+        ]
+        if problems:
+            raise ConfigError(problems)
         return MachineTable(
             path=path,
             machines=tuple(_machine(n, row, clouds, instances[n]) for n, row in rows.items()),

@@ -177,6 +177,19 @@ def test_what_is_refused_leaves_no_file(
     assert not (tmp_path / "out").exists()
 
 
+def test_unknown_keys_of_a_table_are_named_all_at_once(tmp_path: Path) -> None:
+    machines = "machines: {g5.2xlarge: {cloud: aws, region: [x]}}\n"
+    text = f"{machines}clouds: {{aws: {{quota: {{}}}}}}\nowner: me\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_machines(tmp_path / "mine.yaml")
+    assert [line.split(": ", 1)[1] for line in caught.value.problems] == [
+        "owner: unknown key",
+        "clouds.aws.quota: unknown key; did you mean 'quotas'?",
+        "machines.g5.2xlarge.region: unknown key; did you mean 'regions'?",
+    ]
+
+
 def test_a_table_of_another_form_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("machines: {g5.2xlarge: {cloud: aws}}\nclouds: {}\n")
     with pytest.raises(ConfigError, match="not a table of machines"):
