@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale",
         metavar="NAME",
-        help="a file of sweeps/scales, or its path; what it says of a recipe counts here",
+        help="a file of sweeps/scales, or its path; its seeds and resources are for sweeps alone",
     )
     parser.add_argument(
         "--output",
@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end, or from the newest checkpoint in the output folder to the end."""
-    # As in this project: `scales` beside the folder of recipes.
-    scale = args.scale and find_scale(args.recipe.absolute().parent.parent / "scales", args.scale)
+    scale = None
+    if args.scale is not None:  # as in this project: `scales` beside the folder of recipes
+        scale = find_scale(args.recipe.absolute().parent.parent / "scales", args.scale)
     recipe = load_recipe(args.recipe, scale=scale, overrides=args.overrides)
     from knet_core import fit
     from knet_platform.cli.output import progress_bar, show_metrics

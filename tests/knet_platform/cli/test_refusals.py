@@ -20,6 +20,7 @@ from knet_platform.home import knet_home
             "{sweep}: is a sweep, for knet run; expected a data set's",
         ),
         ("train {recipe} --scale lapto", "--scale: no scale 'lapto' in "),
+        ("train {recipe} --scale=", "--scale: no scale '' in "),
         ("train {recipe} --scale {odd}", "{odd}: recpie: unknown key; did you mean 'recipe'?"),
         (
             "train {recipe} train.epochs=3",
